@@ -1,0 +1,118 @@
+"""What crosses a function's or a process's border: small frozen dataclasses, numpy only, no torch and no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the ranks of a training run. An argument, never a global."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    @staticmethod
+    def from_env(device: str = "cpu") -> World:
+        """The world that torchrun describes in RANK, LOCAL_RANK, WORLD_SIZE; one process if any of them is missing."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not all(name in os.environ for name in names):
+            return World(device=device)
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+        return World(rank, local_rank, world_size, f"cuda:{local_rank}" if device.startswith("cuda") else device)
+
+
+@dataclass(frozen=True, order=True)
+class Cursor:
+    """A place in the endless stream of packed rows: the next row is number `row` of work item number `item` of `epoch`.
+
+    `item` counts positions in that epoch's order (see corpus/items.py), not files.
+    """
+
+    epoch: int = 0
+    item: int = 0
+    row: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "item": self.item, "row": self.row}
+
+    @staticmethod
+    def from_json(state: dict[str, int]) -> Cursor:
+        return Cursor(int(state["epoch"]), int(state["item"]), int(state["row"]))
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The packed rows of one work item (or a run of rows cut from several)."""
+
+    tokens: np.ndarray  # (n, T+1) uint16 or uint32
+    mask: np.ndarray | None = None  # (n, T+1) bool, True where the token is a supervised target; None: all are
+    consumed: np.ndarray | None = None  # (n,) int32, documents of the item placed up to and with this row
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The rows that one rank trains on in one optimizer step; together the ranks hold rows [s*G, (s+1)*G)."""
+
+    step: int  # counted from the start of the stage, also after a resume
+    tokens: np.ndarray  # (n, T+1), n differs by at most one between ranks
+    mask: np.ndarray | None  # (n, T+1) bool or None
+    cursor: Cursor  # of the first row after this step, on every rank the same
+    progress: float  # share of the epoch's documents consumed after this step, plus whole epochs
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample completions of one prompt."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # None or 0: the whole vocabulary
+    max_tokens: int = 256  # forced tool output counts
+    seed: int = 42
+    num_samples: int = 1
+    use_tools: bool = True
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one stream, in the order of decoding."""
+
+    prompt: int  # index in the list of prompts
+    sample: int
+    token: int
+    forced: bool  # True: put there by a tool, not sampled
+    finish_reason: FinishReason | None = None  # set on a stream's last event; its token is then part of the stream
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished completion."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]  # without the terminal token
+    mask: Sequence[int]  # 1 where the token was sampled, 0 where a tool forced it
+    finish_reason: FinishReason
+    terminal_token: int | None = None  # the id that stopped it; None if it ran out of length
+
+
+Rows = Iterator[PackedBatch]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves behind besides its files: the numbers that report and caller need."""
+
+    stage: str
+    metrics: dict[str, float | int | str | None] = field(default_factory=dict)
