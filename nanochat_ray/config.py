@@ -1,0 +1,278 @@
+"""Every knob, once: frozen pydantic models, one per stage. Flags, --config files and saved configs all come from here.
+
+`None` means "derive it". A field marked `RUN_ONLY` changes where or how fast a stage runs, never its result, so it is
+not part of a finished stage's identity. Imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+RUN_ONLY: dict[str, Any] = {"identity": False}
+EVAL_TOKENS_UNIT = 524_288  # tokens; nanochat counts evaluation tokens in this unit
+
+
+class Settings(BaseModel):
+    """A frozen group of knobs. Unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide a result, as plain JSON values."""
+        skip = {
+            name
+            for name, info in type(self).model_fields.items()
+            if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("identity") is False
+        }
+        return self.model_dump(mode="json", exclude=skip)
+
+
+def config_hash(values: Any) -> str:
+    """SHA-256 of plain JSON values, key order left out of account."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class ModelConfig(Settings):
+    """The network. The constants of the architecture are saved with it, so an old checkpoint never loads with new maths."""
+
+    sequence_len: int = Field(2048, ge=1, description="context length in tokens; the windows derive from it")
+    vocab_size: int = Field(32768, ge=1)
+    n_layer: int = Field(12, ge=1)
+    n_head: int = Field(6, ge=1, description="query heads")
+    n_kv_head: int = Field(6, ge=1, description="key and value heads")
+    n_embd: int = Field(768, ge=1, description="channels")
+    window_pattern: str = Field("SSSL", description="S short, L full window; tiled over the layers, the last is L")
+    rope_base: float = 100_000.0
+    rope_table_factor: int = Field(10, description="rotary table length in units of sequence_len")
+    qk_scale: float = Field(1.2, description="factor on queries and keys after their norm")
+    logit_softcap: float = 15.0
+    norm_eps: float = 2.0**-23
+    smear_channels: int = 24
+    value_gate_channels: int = 12
+    value_gate_scale: float = 3.0
+    vocab_pad_multiple: int = 64
+    arch_version: int = 1
+
+    @field_validator("window_pattern")
+    @classmethod
+    def _letters(cls, pattern: str) -> str:
+        if not pattern or set(pattern.upper()) - {"S", "L"}:
+            raise ValueError(f"window_pattern {pattern!r}: only the letters S and L, at least one")
+        return pattern.upper()
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+
+class TokenizerSettings(Settings):
+    """Tokenizer training."""
+
+    max_chars: int = Field(2_000_000_000, gt=0, description="stop after this many characters")
+    doc_cap: int = Field(10_000, gt=0, description="characters taken of each document")
+    vocab_size: int = Field(32768, ge=265, description="tokens, the nine special ones included")
+
+
+class PretrainSettings(Settings):
+    """Pretraining; nanochat's base_train."""
+
+    depth: int = Field(20, ge=1, description="layers; the one dial that sets everything else")
+    aspect_ratio: int = Field(64, ge=1, description="channels per layer of depth")
+    head_dim: int = Field(128, ge=2, description="channels per attention head")
+    max_seq_len: int = Field(2048, ge=2, description="context length in tokens")
+    window_pattern: str = Field("SSSL", description="S short, L full window, tiled over the layers")
+    num_iterations: int | None = Field(None, gt=0, description="optimizer steps; first of the three horizons that is set")
+    target_flops: float | None = Field(None, gt=0, description="training FLOPs to spend")
+    target_param_data_ratio: float | None = Field(12.0, gt=0, description="tokens per scaling parameter")
+    device_batch_size: int = Field(32, ge=1, description="rows per worker and micro-step", json_schema_extra=RUN_ONLY)
+    total_batch_size: int | None = Field(None, gt=0, description="tokens per optimizer step; unset: by depth")
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float = Field(0.28, ge=0, description="of the Muon matrices, before scaling")
+    warmup_steps: int = Field(40, ge=0)
+    warmdown_ratio: float = Field(0.65, ge=0, le=1)
+    final_lr_frac: float = Field(0.05, ge=0, le=1)
+    muon_eq: bool = Field(True, description="equalise the rows before orthogonalisation")
+    muon_plus: bool = Field(True, description="reset the norm after orthogonalisation")
+    fp8: bool = Field(False, description="fp8 linear layers (refused until the project has them)")
+    compile: bool | None = Field(None, description="torch.compile; unset: on CUDA only", json_schema_extra=RUN_ONLY)
+    seed: int = Field(42, description="of the initial weights and the data order")
+    resume_from_step: int | None = Field(
+        None, ge=0, description="go back to this checkpoint; unset: the newest that verifies", json_schema_extra=RUN_ONLY
+    )
+    eval_every: int | None = Field(250, gt=0, description="steps between bits-per-byte evaluations")
+    eval_tokens: int = Field(80 * EVAL_TOKENS_UNIT, gt=0, description="validation tokens, rounded down to whole rows")
+    core_metric_every: int | None = Field(2000, gt=0, description="steps between CORE evaluations, given a bundle")
+    core_metric_max_per_task: int | None = Field(500, gt=0, description="items per CORE task; unset: all")
+    sample_every: int | None = Field(2000, gt=0, description="steps between samples")
+    save_every: int | None = Field(
+        None, gt=0, description="steps between checkpoints; unset: every 10 minutes", json_schema_extra=RUN_ONLY
+    )
+
+    @field_validator("fp8")
+    @classmethod
+    def _no_fp8_yet(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("fp8 training is not part of this version; leave --fp8 out to train in the compute dtype")
+        return value
+
+    @model_validator(mode="after")
+    def _checks(self) -> PretrainSettings:
+        ModelConfig._letters(self.window_pattern)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even (rotary embedding)")
+        if self.num_iterations is None and self.target_flops is None and self.target_param_data_ratio is None:
+            raise ValueError("no horizon: set num_iterations, target_flops or target_param_data_ratio")
+        check_total_batch_size(self.total_batch_size, self.max_seq_len)
+        return self
+
+
+def check_total_batch_size(total_batch_size: int | None, sequence_len: int) -> None:
+    """Raise ValueError unless a step's tokens are whole rows of `sequence_len`."""
+    if total_batch_size is not None and total_batch_size % sequence_len:
+        nearest = max(1, round(total_batch_size / sequence_len)) * sequence_len
+        raise ValueError(
+            f"total_batch_size {total_batch_size} is not a multiple of the sequence length {sequence_len}; "
+            f"the nearest that is: {nearest}"
+        )
+
+
+class BaseEvalSettings(Settings):
+    """Evaluation of the pretrained model; nanochat's base_eval."""
+
+    eval: str = Field("core,bpb,sample", description="what to run, any of core, bpb, sample, joined by commas")
+    step: int | None = Field(None, ge=0, description="checkpoint to evaluate; unset: the last")
+    max_per_task: int | None = Field(None, gt=0, description="items per CORE task; unset: all")
+    split_tokens: int = Field(40 * EVAL_TOKENS_UNIT, gt=0, description="tokens per split, rounded down to whole rows")
+    device_batch_size: int = Field(32, ge=1, json_schema_extra=RUN_ONLY)
+
+    @field_validator("eval")
+    @classmethod
+    def _parts(cls, value: str) -> str:
+        unknown = set(value.split(",")) - {"core", "bpb", "sample"}
+        if unknown:
+            raise ValueError(f"eval {value!r}: unknown {', '.join(sorted(unknown))}; choose from core, bpb, sample")
+        return value
+
+
+class SFTSettings(Settings):
+    """Supervised finetuning; nanochat's chat_sft. Unset values are inherited from the pretraining checkpoint."""
+
+    mixture: tuple[str, ...] | None = Field(
+        None,
+        description="tasks as name[=path][*repeats]: smoltalk, mmlu, gsm8k, json=FILE, spelling, world; "
+        "unset: nanochat's mixture, or the embedded world's conversations when that is the data",
+    )
+    model_step: int | None = Field(None, ge=0, description="pretraining checkpoint to start from; unset: the last")
+    load_optimizer: bool = Field(True, description="start from the pretraining optimizer's moments")
+    num_iterations: int | None = Field(None, gt=0, description="optimizer steps; unset: whole epochs")
+    num_epochs: int = Field(1, ge=1, description="passes over the mixture when num_iterations is unset")
+    max_seq_len: int | None = Field(None, ge=2, description="row length in tokens")
+    device_batch_size: int | None = Field(None, ge=1, json_schema_extra=RUN_ONLY)
+    total_batch_size: int | None = Field(None, gt=0, description="tokens per optimizer step")
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    init_lr_frac: float = 0.8
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmdown_ratio: float = Field(0.5, ge=0, le=1)
+    final_lr_frac: float = Field(0.0, ge=0, le=1)
+    mmlu_epochs: int = Field(3, ge=0, description="times MMLU's auxiliary train set stands in nanochat's mixture")
+    gsm8k_epochs: int = Field(4, ge=0, description="times GSM8K's train set stands in nanochat's mixture")
+    compile: bool | None = Field(None, description="torch.compile; unset: on CUDA only", json_schema_extra=RUN_ONLY)
+    seed: int = Field(42, description="of the data order")
+    eval_every: int | None = Field(200, gt=0, description="steps between bits-per-byte evaluations")
+    eval_tokens: int = Field(40 * EVAL_TOKENS_UNIT, gt=0)
+    chatcore_every: int | None = Field(200, gt=0, description="steps between ChatCORE evaluations")
+    chatcore_max_cat: int | None = Field(None, gt=0, description="problems per categorical task; unset: all")
+    chatcore_max_sample: int | None = Field(24, gt=0, description="problems per generative task; unset: all")
+    save_every: int | None = Field(
+        None, gt=0, description="steps between checkpoints; unset: every 10 minutes", json_schema_extra=RUN_ONLY
+    )
+
+
+class ChatEvalSettings(Settings):
+    """Evaluation of a chat model; nanochat's chat_eval."""
+
+    source: Annotated[Literal["base", "sft", "rl"], Field(json_schema_extra={"short": "-i"})] = "sft"
+    task_name: str | None = Field(
+        None, description="tasks joined by |; unset: all", json_schema_extra={"short": "-a"}
+    )
+    temperature: float = Field(0.0, ge=0, json_schema_extra={"short": "-t"})
+    max_new_tokens: int = Field(512, ge=1, json_schema_extra={"short": "-m"})
+    num_samples: int = Field(1, ge=1, json_schema_extra={"short": "-n"})
+    top_k: int | None = Field(50, ge=0, json_schema_extra={"short": "-k"})
+    batch_size: int = Field(8, ge=1, json_schema_extra={"short": "-b", **RUN_ONLY})
+    step: int | None = Field(None, ge=0, json_schema_extra={"short": "-s"})
+    max_problems: int | None = Field(None, gt=0, description="per task", json_schema_extra={"short": "-x"})
+
+
+class ChatSettings(Settings):
+    """The chat on the command line; nanochat's chat_cli."""
+
+    source: Annotated[Literal["base", "sft", "rl"], Field(json_schema_extra={"short": "-i"})] = "sft"
+    step: int | None = Field(None, ge=0, json_schema_extra={"short": "-s"})
+    prompt: str | None = Field(None, description="answer this and leave", json_schema_extra={"short": "-p"})
+    temperature: float = Field(0.6, ge=0, json_schema_extra={"short": "-t"})
+    top_k: int | None = Field(50, ge=0, json_schema_extra={"short": "-k"})
+    max_new_tokens: int = Field(256, ge=1, json_schema_extra={"short": "-m"})
+    seed: int | None = Field(None, description="unset: another one for each reply")
+    system: str | None = Field(None, description="text put in front of the first question")
+
+
+class RunSettings(Settings):
+    """Where and how a job runs. Nothing here changes a result except the data."""
+
+    storage: str | None = Field(
+        None, description="folder of all runs; unset: NANOCHAT_BASE_DIR, else ~/.cache/nanochat_ray"
+    )
+    model_tag: str | None = Field(
+        None, description="name of the run's folder below the storage; unset: d<depth>, or the preset's name",
+        json_schema_extra={"short": "-g"},
+    )
+    run: str = Field("dummy", description="name of the tracker's run; dummy: no wandb")
+    data: str | None = Field(
+        None, description="folder or URI of parquet shards, or climbmix, fineweb-edu, embedded; unset: by hardware"
+    )
+    val_shard: str | None = Field(None, description="file name of the validation shard; unset: the last by name")
+    text_column: str = "text"
+    skip_corrupt: bool = Field(False, description="leave corrupt data shards out instead of stopping")
+    max_shards: int | None = Field(None, gt=0, description="training shards to use; unset: all, or what the horizon needs")
+    task_data: str | None = Field(None, description="folder of task data (gsm8k/, ...); unset: below the storage")
+    eval_bundle: str | None = Field(None, description="folder of the CORE bundle; unset: below the storage")
+    workers: int = Field(1, ge=1, description="training workers (ranks)")
+    eval_workers: int | None = Field(None, ge=1, description="evaluation actors; unset: by hardware")
+    ray: bool = Field(True, description="run on Ray; --no-ray: everything in this process")
+    device_type: Literal["cpu", "cuda", "mps"] | None = Field(None, description="unset: what is there")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute dtype; unset: by hardware")
+    price_per_hour: float | None = Field(None, ge=0, description="of the whole machine, for the report's cost")
+
+
+class SpeedrunSettings(Settings):
+    """The main job: a preset and what the person changed of it."""
+
+    preset: str | None = Field(None, description="cpu, smoke, d12, d20, d24, d26 or d32; unset: by hardware")
+    run: RunSettings = RunSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    base_eval: BaseEvalSettings = BaseEvalSettings()
+    sft: SFTSettings = SFTSettings()
+    chat_eval: ChatEvalSettings = ChatEvalSettings()
