@@ -225,6 +225,14 @@ def check_writer(root: Path, epoch: int) -> None:
         raise StaleWriterError(f"{root}: this process holds lease {epoch}, the run's writer is now lease {current}")
 
 
+@contextlib.contextmanager
+def writing_as(root: Path, epoch: int) -> Iterator[None]:
+    """Hold the run's lease lock while committing a file; StaleWriterError if `epoch` is no longer the writer."""
+    with _lease_lock(root):
+        check_writer(root, epoch)
+        yield
+
+
 class Lease:
     """The right to write checkpoints and stage state of one run, taken by a job's driver.
 
