@@ -1,0 +1,1 @@
+"""Generation: cache, sampling, tools. Plain torch."""

@@ -1,0 +1,253 @@
+"""The network: a decoder-only transformer with value embeddings, smear, residual scalars, backout and windows.
+
+Every weight matrix is stored (out, in) in fp32 and cast to the compute dtype where it is used; there is no autocast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.attention import Cache, attend, attend_cached, rotary_tables, windows_of
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last dimension, no weight, statistics in fp32 (arXiv:1910.07467)."""
+    return F.rms_norm(x.float() if x.dtype != torch.float64 else x, (x.size(-1),), eps=eps).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Table(nn.Module):
+    """A lookup table of vectors."""
+
+    def __init__(self, n_rows: int, n_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_rows, n_channels))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.embedding(idx, self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.left = windows_of(config)[layer]
+        kv_channels = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_channels)
+        self.c_v = Linear(config.n_embd, kv_channels)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if has_value_embed(config, layer):
+            self.ve_gate = Linear(config.value_gate_channels, config.n_kv_head)
+
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        c = self.config
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
+        k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
+        v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+        if value_embed is not None:
+            gate = c.value_gate_scale * torch.sigmoid(self.ve_gate(x[..., : c.value_gate_channels]))  # (B, T, K)
+            v = v + gate[..., None] * value_embed.view_as(v)
+        q = c.qk_scale * rms_norm(rotate(q, *rotary), c.norm_eps)
+        k = c.qk_scale * rms_norm(rotate(k, *rotary), c.norm_eps)
+        if cache is None:
+            y = attend(q, k, v, self.left)
+        else:
+            y = attend_cached(q, *cache.write(self.layer, k, v), self.left, cache.lengths)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of each head by minus the position's angle: x (B, T, heads, D)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())  # squared ReLU: arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, cache)
+        return x + self.mlp(rms_norm(x, self.eps))
+
+
+def has_value_embed(config: ModelConfig, layer: int) -> bool:
+    """Every second layer has value embeddings, the last one always."""
+    return layer % 2 == (config.n_layer - 1) % 2
+
+
+class GPT(nn.Module):
+    """The network. The constructor leaves the weights unset; `build` gives an initialised one."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        layers = range(config.n_layer)
+        vocab, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        self.transformer = nn.ModuleDict(
+            {"wte": Table(vocab, config.n_embd), "h": nn.ModuleList(Block(config, i) for i in layers)}
+        )
+        self.lm_head = Linear(config.n_embd, vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.smear_gate = Linear(config.smear_channels, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Table(vocab, kv_channels) for i in layers if has_value_embed(config, i)}
+        )
+        table = torch.empty(config.rope_table_factor * config.sequence_len, config.head_dim // 2, dtype=compute_dtype)
+        self.register_buffer("cos", table, persistent=False)
+        self.register_buffer("sin", table.clone(), persistent=False)
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        *,
+        device: str | torch.device = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        seed: int = 42,
+    ) -> GPT:
+        """A network with fresh weights on a device; seeds torch's global generators."""
+        with torch.device("meta"):
+            model = cls(config, compute_dtype)
+        model.to_empty(device=device)
+        torch.manual_seed(seed)
+        model.init_weights()
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return self.resid_lambdas.device
+
+    def windows(self) -> list[int]:
+        """Left window of each layer."""
+        return windows_of(self.config)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every tensor. Draws in fp32 from the global generator of the device, always in the same order."""
+        L, bound = self.config.n_layer, math.sqrt(3 / self.config.n_embd)
+        nn.init.normal_(self.transformer.wte.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(projection.weight, -bound, bound)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        depth = torch.arange(L) / max(L - 1, 1)  # 0 at the first layer, 1 at the last
+        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        self.smear_lambda.fill_(0.0)
+        self.backout_lambda.fill_(0.2)
+        nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        for block in self.transformer.h:
+            if hasattr(block.attn, "ve_gate"):
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+        cos, sin = rotary_tables(self.config, self.device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        # An fp16 table would give fp16 gradients, which a loss scaler cannot unscale.
+        dtype = torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
+        for table in (self.transformer.wte, *self.value_embeds.values()):
+            table.to(dtype)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        reduction: str = "mean",
+        last_only: bool = False,
+    ) -> Tensor:
+        """Loss if there are targets, else logits.
+
+        idx (B, T) int; targets (B, T) int64, -1 ignored. The loss is in nats: "mean" over the targets (0 if there is
+        none), "sum", or "none" for (B, T) fp32 with 0 where ignored. Logits are (B, T, V) fp32 after the soft cap, or
+        (B, 1, V) with `last_only`. With a cache, idx continues each of its rows. Raises ValueError when a row outgrows
+        the rotary table or the cache.
+        """
+        c = self.config
+        B, T = idx.shape
+        starts = [0] if cache is None else cache.lengths
+        if max(starts) + T > self.cos.size(0):
+            raise ValueError(f"{max(starts) + T} positions are more than the {self.cos.size(0)} of the rotary table")
+        positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)  # (B or 1, T)
+        rotary = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+        e = self.embed(idx)  # (B, T, C)
+        if cache is None:
+            before = F.pad(e[:, :-1], (0, 0, 1, 0))
+        else:
+            started = torch.tensor([float(n > 0) for n in cache.lengths], device=e.device, dtype=e.dtype)
+            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started[:, None, None], e[:, :-1]], dim=1)
+        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., : c.smear_channels]))  # (B, T, 1)
+        x = x0 = e + gate * before
+
+        middle = x
+        for i, block in enumerate(self.transformer.h):
+            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).to(e.dtype)
+            table = self.value_embeds[str(i)] if has_value_embed(c, i) else None
+            value_embed = table(idx).to(e.dtype) if table is not None else None
+            x = block(x, value_embed, rotary, cache)
+            if i == c.n_layer // 2:
+                middle = x
+        x = rms_norm(x - self.backout_lambda.to(x.dtype) * middle, c.norm_eps)
+        if cache is not None:
+            cache.advance(idx)
+        if targets is None:
+            return self.logits(x[:, -1:] if last_only else x)
+        losses = F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        if reduction == "none":
+            return losses.view(B, T)
+        total = losses.sum()
+        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Normalised token embedding (B, T, C) in the compute dtype."""
+        return rms_norm(self.transformer.wte(idx).to(self.compute_dtype), self.config.norm_eps)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Soft-capped logits (..., V) in fp32 of the normalised stream."""
+        cap = self.config.logit_softcap
+        z = self.lm_head(x)[..., : self.config.vocab_size]
+        z = z if z.dtype == torch.float64 else z.float()
+        return cap * torch.tanh(z / cap)

@@ -1,0 +1,61 @@
+"""Which device and which number format a run computes with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # names in /proc/cpuinfo; without one of them bf16 is emulated, and slow
+
+
+def pick_device(requested: str | None) -> str:
+    """The device type to run on: what was asked for, else the best there is.
+
+    Raises ValueError if the requested device type is unknown or absent.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if requested is None:
+        return next(name for name, present in there.items() if present)
+    kind = requested.split(":")[0]
+    if kind not in there:
+        raise ValueError(f"device {requested!r} is unknown; choose from {', '.join(there)}")
+    if not there[kind]:
+        raise ValueError(f"device {requested!r} was asked for, but torch sees none; leave it out to take what is there")
+    return kind
+
+
+def pick_dtype(device: str, requested: str | None) -> tuple[torch.dtype, str]:
+    """The compute dtype for a device type, and the reason in one line.
+
+    First that is set: `requested`, the environment variable NANOCHAT_DTYPE, the hardware's rule.
+    Raises ValueError for an unknown name.
+    """
+    for name, source in ((requested, "asked for"), (os.environ.get("NANOCHAT_DTYPE"), "NANOCHAT_DTYPE")):
+        if name:
+            if name not in DTYPES:
+                raise ValueError(f"compute dtype {name!r} ({source}) is unknown; choose from {', '.join(DTYPES)}")
+            return DTYPES[name], f"{name}: {source}"
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return torch.bfloat16, f"bfloat16: CUDA compute capability {major}.{minor}"
+        return torch.float32, f"float32: CUDA compute capability {major}.{minor} has no bfloat16"
+    if device == "cpu":
+        found = cpu_bf16_flag()
+        if found:
+            return torch.bfloat16, f"bfloat16: this CPU has {found}"
+        return torch.float32, "float32: this CPU has neither AVX512-BF16 nor AMX"
+    return torch.float32, f"float32: the rule for {device}"
+
+
+def cpu_bf16_flag() -> str | None:
+    """The CPU feature that makes bf16 matrix products fast, or None. Only Linux says; elsewhere None."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags") and ":" in line), [])
+    return next((flag for flag in CPU_BF16_FLAGS if flag in flags), None)
