@@ -1,0 +1,88 @@
+"""The main job's presets: which settings a machine gets when nobody names any. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from nanochat_ray.config import (
+    BaseEvalSettings,
+    ChatEvalSettings,
+    PretrainSettings,
+    RunSettings,
+    SFTSettings,
+    SpeedrunSettings,
+    TokenizerSettings,
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a preset is chosen by."""
+
+    gpus: int
+    gpu_name: str = ""
+    cpus: int = 1
+
+
+def choose_preset(machine: Machine, where: str = "here") -> tuple[str, str]:
+    """The preset's name and the reason in one line."""
+    if machine.gpus == 0:
+        return "cpu", f"no GPU {where}, {machine.cpus} CPUs"
+    if machine.gpus >= 8:
+        return "d24", f"{machine.gpus} GPUs {where} ({machine.gpu_name})"
+    return "d12", f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} {where} ({machine.gpu_name})"
+
+
+def preset(name: str, machine: Machine) -> SpeedrunSettings:
+    """The settings of a preset; ValueError with the nearest names for one that is not there."""
+    if name in ("cpu", "smoke"):
+        return _small(name)
+    if name in GPU_PRESETS:
+        return _gpu(name, max(1, machine.gpus))
+    names = ["cpu", "smoke", *GPU_PRESETS]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
+    raise ValueError(f"no preset {name!r}; nearest: {', '.join(near)} (there are {', '.join(names)})")
+
+
+# depth -> tokens per scaling parameter and rows per GPU; d24 is nanochat's speedrun
+GPU_PRESETS: dict[str, tuple[int, float, int]] = {
+    "d12": (12, 12.0, 32),
+    "d20": (20, 12.0, 32),
+    "d24": (24, 8.0, 16),
+    "d26": (26, 8.0, 16),
+    "d32": (32, 8.0, 8),
+}
+
+
+def _gpu(name: str, gpus: int) -> SpeedrunSettings:
+    depth, ratio, rows = GPU_PRESETS[name]
+    return SpeedrunSettings(
+        preset=name,
+        run=RunSettings(model_tag=name, workers=gpus, data="climbmix"),
+        pretrain=PretrainSettings(depth=depth, target_param_data_ratio=ratio, device_batch_size=rows),
+        sft=SFTSettings(device_batch_size=min(rows, 16)),
+    )
+
+
+def _small(name: str) -> SpeedrunSettings:
+    """Minutes on a laptop's CPU, on the embedded world."""
+    smoke = name == "smoke"
+    sequence_len = 256
+    return SpeedrunSettings(
+        preset=name,
+        run=RunSettings(model_tag=name, workers=1, data="embedded"),
+        tokenizer=TokenizerSettings(vocab_size=1024 if smoke else 2048, max_chars=10_000_000),
+        pretrain=PretrainSettings(
+            depth=2 if smoke else 4, head_dim=32 if smoke else 64, max_seq_len=sequence_len,
+            num_iterations=60 if smoke else 500, total_batch_size=(2048 if smoke else 8192), device_batch_size=32,
+            eval_every=30 if smoke else 250, eval_tokens=64 * sequence_len if smoke else 256 * sequence_len,
+            core_metric_every=None, sample_every=None,
+        ),
+        base_eval=BaseEvalSettings(split_tokens=64 * sequence_len if smoke else 256 * sequence_len, max_per_task=50),
+        sft=SFTSettings(
+            total_batch_size=2048 if smoke else 8192, num_epochs=1, num_iterations=60 if smoke else None,
+            eval_every=None, eval_tokens=64 * sequence_len, chatcore_every=None,
+        ),
+        chat_eval=ChatEvalSettings(max_problems=40 if smoke else None, max_new_tokens=160),
+    )

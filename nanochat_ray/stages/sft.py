@@ -1,0 +1,238 @@
+"""Supervised finetuning: the pretrained model learns to answer. Same shape as pretraining, other rows and schedule."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_ray.config import PretrainSettings, SFTSettings, check_total_batch_size
+from nanochat_ray.messages import PackedRows, World
+from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, load_weights, model_tensors, resolve_checkpoint
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.optim import MuonAdamW, build_optimizer
+from nanochat_ray.model.precision import pick_dtype
+from nanochat_ray.model.scaling import flops_per_token, peak_flops
+from nanochat_ray.model.schedule import sft_lr_multiplier, sft_muon_momentum
+from nanochat_ray.run_dir import CHECKPOINTS
+from nanochat_ray.stages.evaluation import ChatTasks, chatcore_in_loop
+from nanochat_ray.stages.hooks import Hooks, OpenBatches, TrainingState
+from nanochat_ray.stages.pretrain import compile_wanted
+from nanochat_ray.stages.rows import MixtureRows
+from nanochat_ray.stages.step import (
+    UNTIMED_STEPS,
+    Clock,
+    LoopState,
+    QuietGarbageCollector,
+    accumulate_gradients,
+    agree,
+    count_targets,
+    peak_memory_bytes,
+    validation_bpb,
+)
+from nanochat_ray.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FALLBACK = {"total_batch_size": 524_288, "embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+
+
+@dataclass(frozen=True)
+class SFTJob:
+    """What every rank needs to finetune; plain values, so it can cross to another machine."""
+
+    settings: SFTSettings  # resolved: nothing left to inherit
+    stage_folder: Path
+    tokenizer_folder: Path
+    base_checkpoints: Path
+    val_rows: MixtureRows
+    dtype: str | None = None
+    chat_tasks: ChatTasks | None = None
+
+
+def inherit(settings: SFTSettings, base: Checkpoint) -> tuple[SFTSettings, list[str]]:
+    """Fill unset values from the pretraining checkpoint; also one line per value that says where it came from."""
+    stored = PretrainSettings.model_validate(base.meta["settings"])
+    available = {
+        "max_seq_len": stored.max_seq_len,
+        "device_batch_size": stored.device_batch_size,
+        "total_batch_size": base.meta.get("total_batch_size", FALLBACK["total_batch_size"]),
+        "embedding_lr": stored.embedding_lr,
+        "unembedding_lr": stored.unembedding_lr,
+        "matrix_lr": stored.matrix_lr,
+    }
+    values, notes = {}, []
+    for name, inherited in available.items():
+        given = getattr(settings, name)
+        values[name] = inherited if given is None else given
+        if given is None:
+            notes.append(f"{name} {inherited}, inherited from pretraining")
+        elif given != inherited:
+            notes.append(f"{name} {given}, pretraining had {inherited}")
+    resolved = settings.model_copy(update=values)
+    check_total_batch_size(resolved.total_batch_size, resolved.max_seq_len)
+    if resolved.max_seq_len > base.model_config.sequence_len:
+        raise ValueError(
+            f"max_seq_len {resolved.max_seq_len} is longer than the model's context of {base.model_config.sequence_len}"
+        )
+    return resolved, notes
+
+
+def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks) -> dict[str, Any]:
+    """Finetune from the newest checkpoint of this stage, else from the pretrained model.
+
+    Returns {"status": "done" | "stopped", "step", "metrics"}; "stopped" means asked to stop, with the state saved.
+    """
+    settings = job.settings
+    tokenizer = Tokenizer.load(job.tokenizer_folder)
+    dtype, reason = pick_dtype(world.device, job.dtype)
+    if dtype == torch.float16:
+        raise ValueError("training in float16 needs a loss scaler, which is not here; use bfloat16 or float32")
+    base = resolve_checkpoint(job.base_checkpoints, settings.model_step)
+    model = base.build_model(world.device, dtype, tokenizer.vocab_size)
+    stored = PretrainSettings.model_validate(base.meta["settings"])
+    optimizer = build_optimizer(
+        model, unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr,
+        matrix_lr=settings.matrix_lr, scalar_lr=stored.scalar_lr, weight_decay=0.0,
+        rank=world.rank, world_size=world.world_size, muon_eq=stored.muon_eq, muon_plus=stored.muon_plus,
+    )
+    state = LoopState()
+    checkpoint = latest_checkpoint(job.stage_folder / CHECKPOINTS)
+    if checkpoint is not None:
+        load_weights(model, checkpoint.model_tensors())
+        optimizer.load_state_by_name(checkpoint.optimizer_tensors() or {})
+        state = LoopState.from_json(checkpoint.meta["loop"])
+        logger.info("resuming from step %d", checkpoint.step)
+    elif settings.load_optimizer:
+        moments = base.optimizer_tensors()
+        if moments is None:
+            logger.warning("the pretraining checkpoint has no optimizer state; starting with a fresh optimizer")
+        else:
+            optimizer.load_state_by_name(moments)
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= settings.init_lr_frac
+    if world.rank == 0:
+        logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
+    return run_loop(job, world, base, tokenizer, model, optimizer, state, open_batches, hooks)
+
+
+def run_loop(
+    job: SFTJob, world: World, base: Checkpoint, tokenizer: Tokenizer, model: GPT, optimizer: MuonAdamW,
+    state: LoopState, open_batches: OpenBatches, hooks: Hooks,
+) -> dict[str, Any]:
+    """Save, evaluate, step, log, once per step until the conversations or the asked-for steps run out."""
+    settings, rank0 = job.settings, world.rank == 0
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
+    val_rows = job.val_rows.first_rows(max(1, settings.eval_tokens // settings.max_seq_len))
+    compiled = torch.compile(model, dynamic=False) if compile_wanted(settings.compile, world) else model
+    peak = peak_flops(torch.cuda.get_device_name() if world.device.startswith("cuda") else world.device)
+    flops = flops_per_token(model.config)
+    batches = open_batches(state.cursor, state.step)
+    resumed_at = saved_at = state.step if state.step else None
+    save_now = stop = False
+    metrics: dict[str, Any] = {}
+
+    def due(every: int | None) -> bool:
+        return every is not None and state.step > 0 and state.step % every == 0
+
+    def save() -> None:
+        optimizer_state = optimizer.state_by_name()  # a collective: every rank takes part
+        tensors = model_tensors(model) if rank0 else {}
+        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, base, state)))
+
+    with QuietGarbageCollector() as garbage:
+        while True:
+            batch = next(batches, None) if state.step != settings.num_iterations else None
+            last = batch is None
+            if saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
+                save()
+                saved_at = state.step
+            if stop and not last:
+                return {"status": "stopped", "step": state.step, "metrics": metrics}
+            if last or (settings.eval_every and state.step % settings.eval_every == 0):
+                state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
+                metrics |= {"val/bpb": state.val_bpb, "val/min_bpb": state.min_val_bpb}
+                if rank0:
+                    hooks.report(state.step, {"val/bpb": state.val_bpb})
+            if job.chat_tasks is not None and due(settings.chatcore_every) and not last:
+                scores = chatcore_in_loop(model, tokenizer, job.chat_tasks, world)
+                if rank0:
+                    hooks.report(state.step, scores)
+            if last:
+                break
+
+            clock = Clock(world.device)
+            n_targets, stop, save_now = agree(
+                count_targets(batch), hooks, world, timed_saves=settings.save_every is None
+            )
+            loss = accumulate_gradients(compiled, batch, max(1, n_targets), settings.device_batch_size, world)
+            lr = sft_lr_multiplier(
+                schedule_progress(settings, state.step, batch.progress),
+                settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac,
+            )
+            optimizer.set_schedule(lr, sft_muon_momentum(state.step), 0.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = clock.seconds()
+            n_tokens = settings.total_batch_size
+            if state.step > UNTIMED_STEPS:
+                state.training_time_s += seconds
+            metrics |= {
+                "train/loss": state.smooth(loss),
+                "train/loss_step": loss,
+                "train/lrm": lr,
+                "train/dt": seconds,
+                "train/tok_per_sec": int(n_tokens / seconds),
+                "train/mfu": 100 * flops * n_tokens / seconds / (peak * world.world_size),
+                "train/progress": batch.progress,
+                "train/supervised_tokens": n_targets,
+                "total_training_time": state.training_time_s,
+            }
+            if rank0:
+                hooks.report(state.step, metrics)
+            state.cursor, state.progress = batch.cursor, batch.progress
+            state.step += 1
+            garbage.after_step()
+    if state.step == 0:
+        raise ValueError("the SFT mixture gave no rows to train on; check --mixture and the task data")
+    metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device)}
+    return {"status": "done", "step": state.step, "metrics": metrics | describe(job, state, world, val_rows)}
+
+
+def schedule_progress(settings: SFTSettings, step: int, data_progress: float) -> float:
+    """Where the schedule stands, 0 to 1: by steps when their number is known, else by conversations consumed."""
+    if settings.num_iterations is not None:
+        return step / settings.num_iterations
+    return min(1.0, data_progress / settings.num_epochs)
+
+
+def checkpoint_meta(job: SFTJob, base: Checkpoint, state: LoopState) -> dict[str, Any]:
+    """The metadata of a checkpoint; `model_config` stays pretraining's, since the windows derive from its length."""
+    return {
+        "source": "sft",
+        "model_config": base.meta["model_config"],
+        "settings": job.settings.model_dump(mode="json"),
+        "base_model": base.model_hash,
+        "total_batch_size": job.settings.total_batch_size,
+        "val_bpb": state.val_bpb,
+        "loop": state.to_json(),
+    }
+
+
+def describe(job: SFTJob, state: LoopState, world: World, val_rows: PackedRows) -> dict[str, Any]:
+    """The numbers of the finished run for its report."""
+    dtype, _ = pick_dtype(world.device, job.dtype)
+    return {
+        "num_iterations": state.step,
+        "epochs": state.progress,
+        "total_batch_size": job.settings.total_batch_size,
+        "world_size": world.world_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "val/convention": (
+            f"best-fit pad, supervised tokens only; {len(val_rows)} rows of T={job.settings.max_seq_len}; "
+            f"{str(dtype).removeprefix('torch.')}; bytes of raw tokens, special tokens 0"
+        ),
+    }

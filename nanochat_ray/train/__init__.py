@@ -1,0 +1,1 @@
+"""Ray Train glue: launches the training stages on workers."""
