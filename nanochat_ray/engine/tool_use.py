@@ -1,0 +1,34 @@
+"""The python tool inside a stream of tokens: what the model writes into a block is calculated and the result forced."""
+
+from __future__ import annotations
+
+from nanochat_ray.engine.calculator import calculate
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+class ToolState:
+    """Follows the sampled tokens of one stream. Forced tokens are not shown to it, so they never open a block."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._start = tokenizer.encode_special("<|python_start|>")
+        self._end = tokenizer.encode_special("<|python_end|>")
+        self._expression: list[int] | None = None  # None: not in a block
+
+    def feed(self, token: int) -> list[int]:
+        """Take the next sampled token; returns the tokens that must follow it, usually none.
+
+        The end of a block gives the result between its markers. An expression that is empty, refused or fails gives
+        nothing, and the model goes on by itself. A second start begins the expression anew.
+        """
+        if token == self._start:
+            self._expression = []
+        elif self._expression is not None and token == self._end:
+            result = calculate(self._tokenizer.decode(self._expression))
+            self._expression = None
+            if result is not None:
+                before, after = (self._tokenizer.encode_special(f"<|output_{edge}|>") for edge in ("start", "end"))
+                return [before, *self._tokenizer.encode(result), after]
+        elif self._expression is not None:
+            self._expression.append(token)
+        return []
