@@ -1,0 +1,183 @@
+"""The optimizer: AdamW for tables and scalars, Muon for the matrices of the blocks, on 1 to W ranks with one code.
+
+Each rank owns a part of the optimizer state: rows of the big tables, whole matrices of a Muon group; small tensors are
+on every rank. A step averages the gradients while it hands them out, updates the owned parts and gathers the parameters
+(ZeRO stage 1 and 2 in the words of arXiv:1910.02054; gradients and parameters themselves are full on each rank).
+Nothing needs `torch.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, Ranks
+
+SMALL_NUMEL = 1024  # AdamW tensors below this are not worth cutting up
+ADAM_EPS = 1e-10
+SMEAR_LR = 0.2  # of smear and backout, whatever the width or the batch
+REFERENCE_WIDTH = 768  # where the AdamW learning rates were tuned
+INITIAL_MOMENTUM = 0.95  # until a schedule sets another
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share a rule and its hyper-parameters; a schedule sets lr, momentum and Muon's weight decay."""
+
+    kind: Literal["adamw", "muon"]
+    names: list[str]
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.0, 0.0)  # AdamW
+    eps: float = ADAM_EPS  # AdamW
+    momentum: float = INITIAL_MOMENTUM  # Muon
+    beta2: float = 0.9  # Muon
+    ns_steps: int = 5  # Muon
+    initial_lr: float = field(init=False)  # what schedules multiply
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"parameter group of kind {self.kind!r}; there are adamw and muon")
+        self.initial_lr = self.lr
+
+
+def build_optimizer(
+    model: GPT,
+    *,
+    unembedding_lr: float,
+    embedding_lr: float,
+    matrix_lr: float,
+    scalar_lr: float,
+    weight_decay: float,
+    batch_lr_scale: float = 1.0,
+    rank: int = 0,
+    world_size: int = 1,
+    muon_eq: bool = True,
+    muon_plus: bool = True,
+) -> MuonAdamW:
+    """The optimizer of a network, its parameters grouped by role; `weight_decay` is Muon's.
+
+    Learning rates are those of the reference width and batch. With world_size > 1 torch.distributed must be running.
+    """
+    named = dict(model.named_parameters())
+    width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+    table_scale = width_scale * batch_lr_scale
+    groups: list[ParamGroup] = []
+
+    def adamw(names: list[str], lr: float, betas: tuple[float, float], decay: float) -> None:
+        groups.append(ParamGroup("adamw", names, [named[name] for name in names], lr, decay, betas))
+
+    adamw(["lm_head.weight"], unembedding_lr * table_scale, (0.8, 0.96), 0.01)
+    adamw(["transformer.wte.weight"], embedding_lr * table_scale, (0.8, 0.995), 0.001)
+    tables = [name for name in named if name.startswith("value_embeds.")]
+    adamw(tables, 0.5 * embedding_lr * table_scale, (0.8, 0.995), 0.01)
+    adamw(["resid_lambdas"], 0.01 * scalar_lr * batch_lr_scale, (0.8, 0.95), 0.05)
+    adamw(["x0_lambdas"], scalar_lr * batch_lr_scale, (0.96, 0.95), 0.0)
+    adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], SMEAR_LR, (0.8, 0.95), 0.0)
+
+    matrices = [name for name in named if name.startswith("transformer.h.")]
+    for shape in sorted({tuple(named[name].shape) for name in matrices}):
+        names = [name for name in matrices if tuple(named[name].shape) == shape]
+        params = [named[name] for name in names]
+        groups.append(ParamGroup("muon", names, params, matrix_lr * batch_lr_scale, weight_decay))
+
+    grouped = [name for group in groups for name in group.names]
+    assert sorted(grouped) == sorted(named), set(grouped) ^ set(named)
+    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
+    return MuonAdamW(
+        groups, rank=rank, world_size=world_size, muon_eq=muon_eq, muon_plus=muon_plus, orthogonalize_dtype=dtype
+    )
+
+
+class MuonAdamW:
+    """AdamW and Muon over parameter groups, on this rank of `world_size`.
+
+    Gradients are averaged over ranks; one that is missing counts as zero. All ranks call `step` and `state_by_name`
+    together.
+    """
+
+    def __init__(
+        self,
+        groups: list[ParamGroup],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        muon_eq: bool = True,
+        muon_plus: bool = True,
+        orthogonalize_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.groups, self.ranks = groups, Ranks(rank, world_size)
+        self.shards: list[OptimShard] = []
+        for group in groups:
+            if group.kind == "muon":
+                self.shards.append(MuonShard(group, self.ranks, muon_eq, muon_plus, orthogonalize_dtype))
+                continue
+            for name, param in zip(group.names, group.params, strict=True):
+                self.shards.append(AdamWShard(group, name, param, self.ranks, cut=param.numel() >= SMALL_NUMEL))
+
+    def set_schedule(self, lr_multiplier: float, momentum: float, weight_decay: float) -> None:
+        """Set every group's learning rate to a multiple of its initial one, and the Muon groups' momentum and decay."""
+        for group in self.groups:
+            group.lr = group.initial_lr * lr_multiplier
+            if group.kind == "muon":
+                group.momentum, group.weight_decay = momentum, weight_decay
+
+    def scale_initial_lr(self, frac: float) -> None:
+        """Multiply the initial and the current learning rate of every group."""
+        for group in self.groups:
+            group.lr = group.initial_lr = group.initial_lr * frac
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients, with communication and arithmetic of different parts overlapping."""
+        for shard in self.shards:
+            shard.reduce()
+        for shard in self.shards:
+            shard.update()
+        for shard in self.shards:
+            shard.finish()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for group in self.groups:
+            for param in group.params:
+                param.grad = None
+
+    @torch.no_grad()
+    def state_by_name(self) -> dict[str, Tensor]:
+        """Copies of the full state on the CPU by "<parameter>.<slot>", on rank 0; empty elsewhere. A collective.
+
+        The result does not depend on the number of ranks.
+        """
+        state: dict[str, Tensor] = {}
+        for shard in self.shards:
+            for name, tensor in shard.full_state():
+                if self.ranks.rank == 0:
+                    state[name] = tensor.to("cpu", copy=True)
+        return state
+
+    @torch.no_grad()
+    def load_state_by_name(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the state that `state_by_name` gave, on each rank its own part; hyper-parameters stay as they are.
+
+        Raises ValueError if a tensor is missing, unknown or of another shape; then nothing has changed.
+        """
+        shapes = {name: shape for shard in self.shards for name, shape in shard.state_shapes().items()}
+        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"optimizer state does not fit the model: {len(missing)} missing {missing[:3]}, "
+                f"{len(unknown)} unknown {unknown[:3]} of {len(shapes)} tensors; was it saved with another model?"
+            )
+        for name, shape in shapes.items():
+            found = tuple(tensors[name].shape)
+            if found != shape:
+                raise ValueError(f"optimizer state {name} has shape {found}, the model needs {shape}")
+        for shard in self.shards:
+            shard.load(tensors)
