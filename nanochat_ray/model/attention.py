@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.ops import wide_dtype
 
 SHORT_WINDOW_MULTIPLE = 128
+QUERY_BLOCK = 128  # queries per block of attention on a CPU
 
 
 class Cache(Protocol):
@@ -48,16 +54,114 @@ def rotary_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Te
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
-    """Causal attention over whole rows: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
+    """Causal attention over whole rows: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D).
+
+    A query sees its own position and `left` earlier ones, all if `left` is negative. Query head h uses key head
+    h // (H/K). Scores are scaled by 1/sqrt(D).
+    """
     T = q.size(1)
-    mask = None
-    if 0 <= left < T - 1:
-        distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-        mask = (distance >= 0) & (distance <= left)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-    return y.transpose(1, 2)
+    if left < 0 or left >= T - 1:
+        left = -1
+    if q.device.type == "cpu":
+        return BlockAttention.apply(q, k, v, left)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    if left < 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    group = q.size(1) // k.size(1)
+    if group > 1:  # the kernels that take a mask take no groups
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    mask = window_mask(T, T, left, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def window_mask(n_queries: int, n_keys: int, left: int, device: torch.device) -> Tensor:
+    """True where the last `n_queries` of `n_keys` positions may look: (n_queries, n_keys)."""
+    position = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    distance = position - torch.arange(n_keys, device=device)
+    return (distance >= 0) & (distance <= left) if left >= 0 else distance >= 0
+
+
+@lru_cache(maxsize=64)
+def _additive_mask(n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype) -> Tensor:
+    """The window mask as a term of the scores, for `group` query heads over each other: (group * n_queries, n_keys)."""
+    hidden = ~window_mask(n_queries, n_keys, left, torch.device("cpu"))
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).repeat(group, 1)
+
+
+class BlockAttention(Function):
+    """Attention on a CPU: blocks of queries, each against the keys that its window reaches.
+
+    Much faster than torch's own CPU kernel, which computes what a mask hides. The backward pass computes the
+    probabilities again, so no scores are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
+        ctx.left = left
+        ctx.save_for_backward(q, k, v)
+        keys, values = _by_kv_head(k), _by_kv_head(v)
+        y = torch.empty_like(q)
+        for rows, cols in _blocks(q.size(1), left):
+            p = _block_probabilities(_group(q[:, rows], k), keys[:, cols], rows.stop - rows.start, left)
+            _store(y[:, rows], k, torch.bmm(p, values[:, cols]))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        keys, values = _by_kv_head(k), _by_kv_head(v)
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(keys, dtype=wide_dtype(k.dtype)) for _ in "kv")
+        for rows, cols in _blocks(q.size(1), ctx.left):
+            queries, dy_block = _group(q[:, rows], k), _group(dy[:, rows], k)
+            p = _block_probabilities(queries, keys[:, cols], rows.stop - rows.start, ctx.left)
+            dp = torch.bmm(dy_block, values[:, cols].transpose(1, 2))  # (B * K, G * rows, cols)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            _store(dq[:, rows], k, torch.bmm(ds, keys[:, cols]))
+            dk[:, cols] += torch.bmm(ds.transpose(1, 2), queries)
+            dv[:, cols] += torch.bmm(p.transpose(1, 2), dy_block)
+        scale = q.size(-1) ** -0.5
+        return dq.mul_(scale), _as_rows(dk.mul_(scale), k), _as_rows(dv, v), None
+
+
+def _blocks(T: int, left: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of query positions with the key positions that they see."""
+    for first in range(0, T, QUERY_BLOCK):
+        end = min(first + QUERY_BLOCK, T)
+        yield slice(first, end), slice(max(0, first - left) if left >= 0 else 0, end)
+
+
+def _block_probabilities(queries: Tensor, keys: Tensor, n_queries: int, left: int) -> Tensor:
+    """Softmax of the masked scores: queries (B * K, G * n, D), keys (B * K, m, D) -> (B * K, G * n, m)."""
+    mask = _additive_mask(n_queries, keys.size(1), left, queries.size(1) // n_queries, queries.dtype)
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
+    return torch.softmax(scores, dim=-1)
+
+
+def _by_kv_head(x: Tensor) -> Tensor:
+    """(B, T, K, D) -> (B * K, T, D), contiguous."""
+    return x.transpose(1, 2).reshape(-1, x.size(1), x.size(3))
+
+
+def _as_rows(x: Tensor, like: Tensor) -> Tensor:
+    """(B * K, T, D) -> the shape (B, T, K, D) and dtype of `like`."""
+    B, T, K, D = like.shape
+    return torch.empty_like(like).copy_(x.view(B, K, T, D).transpose(1, 2))
+
+
+def _group(x: Tensor, k: Tensor) -> Tensor:
+    """(B, n, H, D) -> (B * K, G * n, D): the G = H/K query heads of a key head over each other."""
+    B, n, H, D = x.shape
+    K = k.size(2)
+    return x.view(B, n, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)
+
+
+def _store(target: Tensor, k: Tensor, x: Tensor) -> None:
+    """Undo `_group` into target (B, n, H, D)."""
+    B, n, H, D = target.shape
+    K = k.size(2)
+    target.view(B, n, K, H // K, D).copy_(x.view(B, K, H // K, n, D).permute(0, 3, 1, 2, 4))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, left: int, lengths: list[int]) -> Tensor:

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import Cache, attend, attend_cached, rotary_tables, windows_of
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square along the last dimension, no weight, statistics in fp32 (arXiv:1910.07467)."""
-    return F.rms_norm(x.float() if x.dtype != torch.float64 else x, (x.size(-1),), eps=eps).to(x.dtype)
+from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu
 
 
 class Linear(nn.Module):
@@ -63,20 +59,14 @@ class Attention(nn.Module):
         v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
         if value_embed is not None:
             gate = c.value_gate_scale * torch.sigmoid(self.ve_gate(x[..., : c.value_gate_channels]))  # (B, T, K)
-            v = v + gate[..., None] * value_embed.view_as(v)
-        q = c.qk_scale * rms_norm(rotate(q, *rotary), c.norm_eps)
-        k = c.qk_scale * rms_norm(rotate(k, *rotary), c.norm_eps)
+            v = torch.addcmul(v, gate[..., None], value_embed.view_as(v))
+        q = rotate_and_norm(q, *rotary, c.qk_scale, c.norm_eps)
+        k = rotate_and_norm(k, *rotary, c.qk_scale, c.norm_eps)
         if cache is None:
             y = attend(q, k, v, self.left)
         else:
             y = attend_cached(q, *cache.write(self.layer, k, v), self.left, cache.lengths)
         return self.c_proj(y.reshape(B, T, -1))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the two halves of each head by minus the position's angle: x (B, T, heads, D)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 class MLP(nn.Module):
@@ -86,7 +76,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())  # squared ReLU: arXiv:2109.08668
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -224,22 +214,24 @@ class GPT(nn.Module):
 
         middle = x
         for i, block in enumerate(self.transformer.h):
-            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).to(e.dtype)
+            x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
             table = self.value_embeds[str(i)] if has_value_embed(c, i) else None
             value_embed = table(idx).to(e.dtype) if table is not None else None
             x = block(x, value_embed, rotary, cache)
             if i == c.n_layer // 2:
                 middle = x
-        x = rms_norm(x - self.backout_lambda.to(x.dtype) * middle, c.norm_eps)
+        x = rms_norm(mix(x, middle, torch.ones_like(self.backout_lambda), -self.backout_lambda), c.norm_eps)
         if cache is not None:
             cache.advance(idx)
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
-        losses = F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-        if reduction == "none":
-            return losses.view(B, T)
-        total = losses.sum()
-        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+        summed = reduction != "none"
+        loss = cross_entropy(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), c.vocab_size, c.logit_softcap, summed
+        )
+        if reduction == "mean":
+            return loss / (targets >= 0).sum().clamp(min=1)
+        return loss if summed else loss.view(B, T)
 
     def embed(self, idx: Tensor) -> Tensor:
         """Normalised token embedding (B, T, C) in the compute dtype."""
@@ -247,7 +239,4 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Soft-capped logits (..., V) in fp32 of the normalised stream."""
-        cap = self.config.logit_softcap
-        z = self.lm_head(x)[..., : self.config.vocab_size]
-        z = z if z.dtype == torch.float64 else z.float()
-        return cap * torch.tanh(z / cap)
+        return softcap(self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap)

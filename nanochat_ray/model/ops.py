@@ -1,0 +1,218 @@
+"""The network's element-wise steps and its loss, each with a hand-written gradient.
+
+Plain autograd would keep an fp32 copy of nearly every operand and walk over memory once per arithmetic sign; on a CPU
+that costs more than the matrix products. All arithmetic here is in fp32 (fp64 for fp64 input), the results are in the
+dtype of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+# Logits alive at a time in the loss.
+CHUNK_LOGITS_CPU = 2**21  # 8 MiB of fp32, which stay in the cache
+CHUNK_LOGITS_GPU = 2**27
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: fp64 stays, everything else becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept with size 1."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
+    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+
+
+class RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        r = inverse_rms(x, eps)
+        y = (wide(x) * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        y, r = ctx.saved_tensors
+        return _through_norm(wide(dy), wide(y), 1.0).mul_(r).to(y.dtype), None
+
+
+def _through_norm(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    """Gradient before a norm whose output times `scale` is y, still to be multiplied by the inverse rms."""
+    along = (dy * y).sum(dim=-1, keepdim=True).div_(-scale * y.size(-1))
+    if scale != 1.0:
+        dy = dy * scale
+    return torch.addcmul(dy, y, along)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last dimension, without a weight (arXiv:1910.07467)."""
+    return RMSNorm.apply(x, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor) -> Tensor:
+    """Turn the two halves of the last dimension by minus the angle, times a factor per row."""
+    half = x.size(-1) // 2
+    x = x * factor
+    x1, x2 = x[..., :half], x[..., half:]
+    y = torch.empty_like(x)
+    torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin)
+    torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin, value=-1)
+    return y
+
+
+class RotateAndNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: float) -> Tensor:
+        r = inverse_rms(x, eps)  # a rotation keeps the length, so this may come first
+        y = _rotate(wide(x), cos, sin, r * scale).to(x.dtype)
+        ctx.save_for_backward(y, r, cos, sin)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        y, r, cos, sin = ctx.saved_tensors
+        rotated = _through_norm(wide(dy), wide(y), ctx.scale)
+        return _rotate(rotated, cos, -sin, r).to(y.dtype), None, None, None, None
+
+
+def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: float) -> Tensor:
+    """Rotary position, then norm per head, then times `scale`: x (B, T, heads, D); cos, sin (B or 1, T, 1, D/2).
+
+    RoPE: arXiv:2104.09864. Norm of queries and keys: arXiv:2010.04245.
+    """
+    return RotateAndNorm.apply(x, cos, sin, scale, eps)
+
+
+class SquaredReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp(min=0)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (dy * positive).mul_(2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (arXiv:2109.08668)."""
+    return SquaredReLU.apply(x)
+
+
+class Mix(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, a, b)
+        return (wide(x) * a).addcmul_(wide(y), b).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, y, a, b = ctx.saved_tensors
+        dz = wide(dz)
+        flat = dz.flatten()
+        da = flat.dot(wide(x).flatten()).view_as(a) if ctx.needs_input_grad[2] else None
+        db = flat.dot(wide(y).flatten()).view_as(b) if ctx.needs_input_grad[3] else None
+        return (dz * a).to(x.dtype), (dz * b).to(y.dtype), da, db
+
+
+def mix(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b y for fp32 tensors a and b of one element."""
+    return Mix.apply(x, y, a, b)
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """cap tanh(z / cap), in fp32: arXiv:2408.00118. As a sigmoid, which is much the faster one on a CPU."""
+    return torch.sigmoid(wide(z) * (2 / cap)).mul_(2 * cap).sub_(cap)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool) -> Tensor:
+    """Cross-entropy in nats of the soft-capped logits x W^T, never more than a chunk of them alive.
+
+    x (N, C) in the compute dtype, weight (V_p, C) of which the first `vocab` rows count, targets (N,) with -1 ignored.
+    Returns the losses (N,), 0 where ignored, or with `summed` their sum, which is the faster one to train on.
+    """
+    return SoftcapCrossEntropy.apply(x, weight, targets, vocab, cap, summed)
+
+
+class SoftcapCrossEntropy(Function):
+    """For the sum, the gradient of each chunk is known while its logits are still there, so it is computed at once;
+    for single losses the logits are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool
+    ) -> Tensor:
+        ctx.vocab, ctx.cap, ctx.summed = vocab, cap, summed
+        at_once = summed and any(ctx.needs_input_grad)
+        w = weight[:vocab].to(x.dtype)
+        losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
+        dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if at_once else (None, None)
+        for rows in _row_chunks(x, vocab):
+            p, s, at, valid = _probabilities(x[rows], w, targets[rows], cap)
+            # The cap bounds the logits, so the target's probability cannot underflow.
+            losses[rows] = p.gather(1, at)[:, 0].log_().neg_().mul_(valid)
+            if dx is not None and dweight is not None:
+                dz = _logit_gradient(p, s, at, valid).to(x.dtype)
+                torch.mm(dz, w, out=dx[rows])
+                dweight[:vocab] += dz.t() @ x[rows]
+        if at_once:
+            ctx.save_for_backward(dx, dweight)
+        else:
+            ctx.save_for_backward(x, weight, targets)
+        return losses.sum() if summed else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        if ctx.summed:
+            dx, dweight = ctx.saved_tensors
+            return dx * upstream.to(dx.dtype), dweight * upstream.to(dweight.dtype), None, None, None, None
+        x, weight, targets = ctx.saved_tensors
+        w = weight[: ctx.vocab].to(x.dtype)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for rows in _row_chunks(x, ctx.vocab):
+            p, s, at, valid = _probabilities(x[rows], w, targets[rows], ctx.cap)
+            dz = _logit_gradient(p, s, at, valid * upstream[rows]).to(x.dtype)
+            torch.mm(dz, w, out=dx[rows])
+            dweight[: ctx.vocab] += dz.t() @ x[rows]
+        return dx, dweight, None, None, None, None
+
+
+def _row_chunks(x: Tensor, vocab: int) -> Iterator[slice]:
+    size = max(1, (CHUNK_LOGITS_CPU if x.device.type == "cpu" else CHUNK_LOGITS_GPU) // vocab)
+    for first in range(0, len(x), size):
+        yield slice(first, min(first + size, len(x)))
+
+
+def _probabilities(x: Tensor, w: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities (n, V), sigmoids that the cap is made of (n, V), target ids (n, 1), 1 where there is a target (n,)."""
+    s = torch.sigmoid(wide(x @ w.t()).mul_(2 / cap))  # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap
+    p = torch.softmax(s * (2 * cap), dim=-1)  # a constant taken off all logits changes nothing
+    return p, s, targets.clamp(min=0)[:, None], (targets >= 0).to(p.dtype)
+
+
+def _logit_gradient(p: Tensor, s: Tensor, at: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient of the logits before the cap (n, V), given that of the losses (n,). Overwrites p."""
+    p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
+    p.mul_(4 * upstream[:, None])  # d cap tanh(z / cap) / dz = 1 - tanh^2 = 4 s (1 - s)
+    return torch.ops.aten.sigmoid_backward(p, s)
