@@ -1,0 +1,1 @@
+"""Where training text comes from: work items and their order, parquet reading, the embedded world."""

@@ -1,0 +1,264 @@
+"""Plain reading of parquet shards, from a local folder or any URI that pyarrow knows, and the stream of packed rows.
+
+A manifest is made once, by the driver, and handed to every process: nobody lists the folder a second time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate, chain, count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from nanochat_ray.corpus.items import WorkItem, items_from, row_block
+from nanochat_ray.messages import Cursor, PackedRows
+from nanochat_ray.text.packing import PackCounts, RowBlock, pack_documents, reference_rows
+from nanochat_ray.text.tokenizer import Tokenizer
+
+Split = Literal["train", "val"]
+VALIDATION_BUFFER = 1000  # documents, and
+VALIDATION_SLICE = 128  # documents per refill: the constants of nanochat's loader, which validation keeps
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One parquet file."""
+
+    name: str
+    path: str  # within the file system of the manifest's source
+    bytes: int
+    row_groups: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """A data set as it was found, with its validation shard pinned by name."""
+
+    source: str
+    text_column: str
+    train: tuple[ShardInfo, ...]
+    val: ShardInfo
+    skip_corrupt: bool = False
+    skipped: tuple[str, ...] = ()  # corrupt shards left out, by name
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> DataManifest:
+        train = tuple(ShardInfo(**shard) for shard in data["train"])
+        parts = {"train": train, "val": ShardInfo(**data["val"]), "skipped": tuple(data["skipped"])}
+        return DataManifest(**{**data, **parts})
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of what decides the documents; the place where they lie does not."""
+        shards = [[shard.name, shard.bytes, shard.row_groups, shard.rows] for shard in (*self.train, self.val)]
+        return hashlib.sha256(json.dumps([self.text_column, self.skip_corrupt, shards]).encode()).hexdigest()
+
+    @property
+    def n_items(self) -> int:
+        return self._first_items[-1]
+
+    def item(self, index: int) -> WorkItem:
+        """Work item number `index`, counted through the shards in order."""
+        shard = int(np.searchsorted(self._first_items, index, side="right")) - 1
+        return WorkItem(shard, index - self._first_items[shard])
+
+    @cached_property
+    def _first_items(self) -> list[int]:
+        return [0, *accumulate(shard.row_groups for shard in self.train)]
+
+
+def scan_data(
+    source: str,
+    text_column: str = "text",
+    val_shard: str | None = None,
+    skip_corrupt: bool = False,
+    max_shards: int | None = None,
+) -> DataManifest:
+    """Look at every parquet shard in `source` (a folder or a URI) and say what is there.
+
+    Validation is the shard named `val_shard`, or the last by name; training is all others in order of name, or the
+    first `max_shards` of them. Raises FileNotFoundError if folder, shards or the validation shard are missing, and
+    ValueError for a single shard, a shard without the text column, a split without documents or a corrupt shard. With
+    `skip_corrupt` a corrupt training shard is warned about, listed in the manifest and left out.
+    """
+    system, files = _list_shards(source)
+    by_name = {file.base_name: file for file in files}
+    names = sorted(by_name)
+    if val_shard is None:
+        val_shard = names[-1]
+    elif val_shard not in by_name:
+        nearest = difflib.get_close_matches(val_shard, names, n=1, cutoff=0.0)[0]
+        raise FileNotFoundError(f"validation shard {val_shard!r} is not in {source}; the nearest name is {nearest!r}")
+    train_names = [name for name in names if name != val_shard][:max_shards]
+    if not train_names:
+        raise ValueError(
+            f"{source} holds the one shard {val_shard!r}: one shard is for validation, so training needs a second one"
+        )
+    with ThreadPoolExecutor(16) as pool:  # a remote footer costs a round trip
+        wanted = [by_name[name] for name in (*train_names, val_shard)]
+        looked_at = list(pool.map(lambda file: _look_at(system, file, text_column), wanted))
+    for name, info in zip(train_names, looked_at, strict=False):
+        if isinstance(info, CorruptShard):
+            if not skip_corrupt:
+                raise ValueError(f"{info}; fetch it again, or leave it out with --skip-corrupt")
+            warnings.warn(f"data shard {name} is left out: {info}", stacklevel=2)
+    val = looked_at[-1]
+    if isinstance(val, CorruptShard):
+        raise ValueError(f"{val}; it is the validation shard: fetch it again, or name another with --val-shard")
+    train = tuple(info for info in looked_at[:-1] if isinstance(info, ShardInfo))
+    skipped = tuple(name for name, info in zip(train_names, looked_at, strict=False) if isinstance(info, CorruptShard))
+    if not sum(shard.rows for shard in train):
+        raise ValueError(f"the training shards of {source} hold no documents: {', '.join(train_names[:5])}")
+    if not val.rows:
+        raise ValueError(f"validation shard {val.name} of {source} holds no documents")
+    return DataManifest(source, text_column, train, val, skip_corrupt, skipped)
+
+
+def read_row_group(manifest: DataManifest, item: WorkItem) -> list[str]:
+    """The documents of one work item; a missing value is an empty document.
+
+    ValueError naming shard and row group if it cannot be read; with the manifest's `skip_corrupt` a warning and none.
+    """
+    return _read(manifest, manifest.train[item.shard], item.row_group)
+
+
+def iter_documents(manifest: DataManifest, split: Split) -> Iterator[str]:
+    """All documents of a split once, in order of shard, row group and row."""
+    for shard in _shards(manifest, split):
+        for row_group in range(shard.row_groups):
+            yield from _read(manifest, shard, row_group)
+
+
+def read_slices(manifest: DataManifest, split: Split, slice_size: int = VALIDATION_SLICE) -> Iterator[list[str]]:
+    """All documents of a split once, in order, at most `slice_size` at a time and never from two row groups."""
+    for shard in _shards(manifest, split):
+        for row_group in range(shard.row_groups):
+            documents = _read(manifest, shard, row_group)
+            for start in range(0, len(documents), slice_size):
+                yield documents[start : start + slice_size]
+
+
+def pack_item(
+    manifest: DataManifest, item: WorkItem, tokenizer: Tokenizer, sequence_len: int, num_threads: int = 1
+) -> tuple[PackedRows, PackCounts]:
+    """Read, tokenize and pack one work item into rows of T+1 tokens. Depends on nothing but the arguments."""
+    documents = tokenizer.encode_to_arrays(read_row_group(manifest, item), num_threads=num_threads)
+    return pack_documents(documents, sequence_len + 1)
+
+
+def training_rows(
+    manifest: DataManifest,
+    tokenizer: Tokenizer,
+    sequence_len: int,
+    seed: int,
+    cursor: Cursor,
+    epochs: int | None = None,
+) -> Iterator[RowBlock]:
+    """The stream of packed rows from a cursor on, made in this process; without end if `epochs` is None.
+
+    ValueError when a whole epoch's worth of items gives no row, because the documents of each are too few.
+    """
+    barren = 0
+    for visit in items_from(cursor, manifest.n_items, seed, epochs):
+        rows, counts = pack_item(manifest, manifest.item(visit.item), tokenizer, sequence_len)
+        barren = 0 if len(rows) else barren + 1
+        if barren == manifest.n_items:
+            raise ValueError(
+                f"none of the {barren} row groups of {manifest.source} fills a row of {sequence_len + 1} tokens; write "
+                "larger row groups or shorten --max-seq-len"
+            )
+        resumed = (visit.epoch, visit.position) == (cursor.epoch, cursor.item)
+        yield row_block(rows, visit, cursor.row if resumed else 0, counts)
+
+
+def validation_rows(
+    manifest: DataManifest, tokenizer: Tokenizer, sequence_len: int, n_rows: int, split: Split = "val"
+) -> PackedRows:
+    """The first `n_rows` rows of a split by the reference loader: one fixed set, whoever asks.
+
+    The loader goes round, as nanochat's does. A split with fewer documents than its buffer is gone through only once,
+    which may give fewer rows: going round would show the same few documents again and again. ValueError for no row.
+    """
+    shards = _shards(manifest, split)
+    rounds = count() if sum(shard.rows for shard in shards) >= VALIDATION_BUFFER else range(1)
+    slices = chain.from_iterable(read_slices(manifest, split) for _ in rounds)
+    documents = (tokenizer.encode_to_arrays(texts) for texts in slices)
+    rows = list(islice(reference_rows(documents, sequence_len + 1, VALIDATION_BUFFER), n_rows))
+    if not rows:
+        raise ValueError(
+            f"the {split} documents of {manifest.source} do not fill {min(n_rows, 1)} row of {sequence_len + 1} tokens"
+        )
+    return PackedRows(np.stack(rows))  # (n, T+1)
+
+
+class CorruptShard(ValueError):
+    """A shard that is no readable parquet file."""
+
+
+def _list_shards(source: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
+    system, path = _file_system(source)
+    info = system.get_file_info(path)
+    if info.type != fs.FileType.Directory:
+        what = "does not exist" if info.type == fs.FileType.NotFound else "is not a folder"
+        raise FileNotFoundError(f"data folder {source} {what}; --data takes a folder or URI of parquet shards")
+    files = [file for file in system.get_file_info(fs.FileSelector(path)) if file.type == fs.FileType.File]
+    shards = [file for file in files if file.base_name.endswith(".parquet")]
+    if not shards:
+        raise FileNotFoundError(f"data folder {source} holds no *.parquet shard ({len(files)} other files)")
+    return system, shards
+
+
+def _file_system(source: str) -> tuple[fs.FileSystem, str]:
+    if "://" in source:
+        return fs.FileSystem.from_uri(source)
+    return fs.LocalFileSystem(), str(Path(source).expanduser().resolve())
+
+
+def _look_at(system: fs.FileSystem, file: fs.FileInfo, text_column: str) -> ShardInfo | CorruptShard:
+    try:
+        with system.open_input_file(file.path) as stream, pq.ParquetFile(stream) as parquet:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:  # pyarrow's word for unreadable pages is OSError
+        return CorruptShard(f"data shard {file.path} is not a readable parquet file ({error})")
+    if text_column not in schema.names:
+        raise ValueError(f"data shard {file.path} has no column {text_column!r}; its columns are {schema.names}")
+    kind = schema.field(text_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"column {text_column!r} of data shard {file.path} holds {kind}, not text")
+    return ShardInfo(file.base_name, file.path, file.size, metadata.num_row_groups, metadata.num_rows)
+
+
+def _shards(manifest: DataManifest, split: Split) -> tuple[ShardInfo, ...]:
+    return manifest.train if split == "train" else (manifest.val,)
+
+
+def _read(manifest: DataManifest, shard: ShardInfo, row_group: int) -> list[str]:
+    system, _ = _file_system(manifest.source)
+    stream = system.open_input_file(shard.path)  # outside the try: a shard that is gone is never passed over
+    try:
+        with stream, pq.ParquetFile(stream) as parquet:
+            table = parquet.read_row_group(row_group, columns=[manifest.text_column], use_threads=False)
+            values = table[manifest.text_column].to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        problem = f"row group {row_group} of data shard {shard.path} cannot be read ({error})"
+        if not manifest.skip_corrupt or getattr(error, "errno", None):  # a failing disk is no corrupt file
+            raise ValueError(f"{problem}; fetch the shard again, or leave such out with --skip-corrupt") from error
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+        return []
+    return [value or "" for value in values]
