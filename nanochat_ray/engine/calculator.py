@@ -1,7 +1,7 @@
 """The calculator behind the python tool: arithmetic and letter counting, written by a model, so never to be trusted.
 
-The text is checked, parsed with `ast` and then walked by hand over a short list of allowed nodes. Nothing is evaluated by
-Python, no signal or thread is needed, and every size is bounded before the work is done, so a call is safe on any thread.
+The text is checked, parsed with `ast` and then walked by hand over a short list of allowed nodes. Nothing is evaluated
+by Python, no signal is needed, and every size is bounded before the work is done: a call is safe on any thread.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 def row_generator(seed: int, sample: int) -> torch.Generator:
     """The random numbers of one sample of a request, on the CPU.
 
-    They depend on nothing else, so a sample comes out the same alone and in company. Two samples of one seed never share
-    a state, although torch uses only 32 bits of it.
+    They depend on nothing else, so a sample comes out the same alone and in company. Two samples of one seed never
+    share a state, although torch uses only 32 bits of it.
     """
     base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
     return torch.Generator().manual_seed((base + sample * 0x9E3779B9) % 2**32)  # an odd factor keeps samples apart
@@ -32,8 +32,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None) -> tupl
 def sample(logits: Tensor, temperature: float, top_k: int | None, generators: list[torch.Generator]) -> Tensor:
     """One token id per row, (R,) int64 on the device of the logits (R, V). Temperature 0 takes the largest logit.
 
-    Otherwise each row's generator gives one uniform number, which picks the token by the cumulated probabilities; so the
-    cost of the random numbers does not grow with the vocabulary. Raises ValueError for a negative temperature or top_k.
+    Otherwise each row's generator gives one uniform number, which picks the token by the cumulated probabilities; so
+    the cost of the random numbers does not grow with the vocabulary. ValueError for a negative temperature or top_k.
     """
     if temperature < 0 or (top_k or 0) < 0:
         raise ValueError(f"temperature {temperature} and top_k {top_k} must not be negative")

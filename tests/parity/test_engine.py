@@ -22,9 +22,8 @@ REAL = GOLDEN["real"]
 GREEDY = [case for case in REAL if case["mode"] == "greedy"]
 SAMPLED = [case for case in REAL if case["mode"] == "sampled"]
 SLIDING, SCRIPTED, SAMPLER = GOLDEN["sliding"], GOLDEN["scripted"], GOLDEN["sampler"]
-same_build = pytest.mark.skipif(
-    torch.__version__ != GOLDEN["torch"], reason=f"draws are those of torch {GOLDEN['torch']}, this is {torch.__version__}"
-)
+same_build = pytest.mark.skipif(torch.__version__ != GOLDEN["torch"], reason=f"draws of torch {GOLDEN['torch']}")
+Tensor = torch.Tensor
 
 
 def tokenizer(name: str) -> Tokenizer:
@@ -58,8 +57,8 @@ def test_greedy(engine: Engine, case: dict[str, Any]) -> None:
     assert naive == (case["naive"] or case["stream"])  # the reference refused a prompt of one token
 
 
-def chosen_probabilities(engine: Engine, case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Of every recorded step (row, step, k): probabilities, the ids they belong to, and the recorded tokens (row, step)."""
+def chosen_probabilities(engine: Engine, case: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of every recorded step: probabilities and their ids (row, step, k), and the recorded tokens (row, step)."""
     columns = torch.tensor(case["stream"])  # (steps, R)
     prompt = torch.tensor(case["prompt"]).expand(columns.size(1), -1)  # (R, P)
     with torch.inference_mode():
@@ -163,10 +162,11 @@ class Scripted:
     compute_dtype = torch.float32
 
     def __init__(self, scripts: list[list[int]], n_prompt: int) -> None:
-        self.config = ModelConfig(sequence_len=128, vocab_size=SCRIPTED["vocab"], n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        sizes = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.config = ModelConfig(sequence_len=128, vocab_size=SCRIPTED["vocab"], **sizes)
         self.scripts, self.n_prompt = scripts, n_prompt
 
-    def __call__(self, idx: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
+    def __call__(self, idx: Tensor, cache: KVCache, last_only: bool) -> Tensor:
         if cache.lengths == [0]:
             assert len({script[0] for script in self.scripts}) == 1, "the prompt is read once for all rows"
             cache.k[0, 0, 0, 0, 0] = -1
@@ -190,8 +190,9 @@ def test_scripted(case: dict[str, Any]) -> None:
     [rollouts] = engine.rollouts([SCRIPTED["prompt"]], params)
     for row, rollout in enumerate(rollouts):
         mine = [event for event in events if event.sample == row]
-        assert [event.token for event in mine] == [column[row] for column in case["stream"]][: len(mine)]
-        assert [int(not event.forced) for event in mine] == [column[row] for column in case["stream_masks"]][: len(mine)]
+        until_end = slice(len(mine))  # the recorded rows went on after their end
+        assert [event.token for event in mine] == [column[row] for column in case["stream"][until_end]]
+        assert [int(not event.forced) for event in mine] == [column[row] for column in case["stream_masks"][until_end]]
         assert mine[-1].finish_reason == rollout.finish_reason
         assert [event.finish_reason for event in mine[:-1]] == [None] * (len(mine) - 1)
         whole = [*rollout.prompt_ids, *rollout.token_ids]
