@@ -20,6 +20,10 @@ from nanochat_ray.model.muon import apply_update, muon_direction, second_moment_
 if TYPE_CHECKING:
     from nanochat_ray.model.optim import ParamGroup
 
+# Newer versions of torch renamed these two.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass
 class Pending:
@@ -61,11 +65,11 @@ class Ranks:
             return Pending(x)
         op, divisor = self._averaging()
         out = x.new_empty(x.size(0) // self.world_size, *x.shape[1:])
-        return Pending(out, x, dist.reduce_scatter_tensor(out, x, op=op, async_op=True), divisor)
+        return Pending(out, x, reduce_scatter(out, x, op=op, async_op=True), divisor)
 
     def gather(self, part: Tensor, out: Tensor) -> Pending:
         """The slices (s, ...) of all ranks, in order, in out (W * s, ...)."""
-        return Pending(out, part, dist.all_gather_into_tensor(out, part, async_op=True))
+        return Pending(out, part, all_gather(out, part, async_op=True))
 
     def full(self, part: Tensor, n: int) -> Tensor:
         """All n rows of something cut up by `share`, of which this rank has `part`."""
