@@ -1,4 +1,4 @@
-"""Plain reading of parquet shards, from a local folder or any URI that pyarrow knows, and the stream of packed rows.
+"""Plain reading of parquet shards, from a local folder or any URI that pyarrow knows, and rows packed from them.
 
 A manifest is made once, by the driver, and handed to every process: nobody lists the folder a second time.
 """
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from nanochat_ray.corpus.items import WorkItem, items_from, row_block
-from nanochat_ray.messages import Cursor, PackedRows
-from nanochat_ray.text.packing import PackCounts, RowBlock, pack_documents, reference_rows
+from nanochat_ray.corpus.items import WorkItem
+from nanochat_ray.messages import PackedRows
+from nanochat_ray.text.packing import PackCounts, pack_documents, reference_rows
 from nanochat_ray.text.tokenizer import Tokenizer
 
 Split = Literal["train", "val"]
@@ -160,31 +160,6 @@ def pack_item(
     """Read, tokenize and pack one work item into rows of T+1 tokens. Depends on nothing but the arguments."""
     documents = tokenizer.encode_to_arrays(read_row_group(manifest, item), num_threads=num_threads)
     return pack_documents(documents, sequence_len + 1)
-
-
-def training_rows(
-    manifest: DataManifest,
-    tokenizer: Tokenizer,
-    sequence_len: int,
-    seed: int,
-    cursor: Cursor,
-    epochs: int | None = None,
-) -> Iterator[RowBlock]:
-    """The stream of packed rows from a cursor on, made in this process; without end if `epochs` is None.
-
-    ValueError when a whole epoch's worth of items gives no row, because the documents of each are too few.
-    """
-    barren = 0
-    for visit in items_from(cursor, manifest.n_items, seed, epochs):
-        rows, counts = pack_item(manifest, manifest.item(visit.item), tokenizer, sequence_len)
-        barren = 0 if len(rows) else barren + 1
-        if barren == manifest.n_items:
-            raise ValueError(
-                f"none of the {barren} row groups of {manifest.source} fills a row of {sequence_len + 1} tokens; write "
-                "larger row groups or shorten --max-seq-len"
-            )
-        resumed = (visit.epoch, visit.position) == (cursor.epoch, cursor.item)
-        yield row_block(rows, visit, cursor.row if resumed else 0, counts)
 
 
 def validation_rows(

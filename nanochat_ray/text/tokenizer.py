@@ -141,9 +141,12 @@ class Tokenizer:
         if isinstance(encoding, ValueError):
             raise encoding
         if isinstance(encoding, Exception):
-            raise ConnectionError(f"tokenizer {name!r} could not be downloaded: {encoding}") from encoding
+            reason = type(encoding).__name__
+            raise ConnectionError(f"tokenizer {name!r} could not be downloaded ({reason})") from encoding
         special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
-        ordinary = [encoding.decode_single_token_bytes(k) for k in range(min(special.values()))]
+        ordinary = [b""] * min(special.values())  # cl100k_base leaves ids out
+        for token in encoding.token_byte_values():
+            ordinary[encoding.encode_single_token(token)] = token
         return cls(encoding, ordinary, special)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ def strided_slices(
 ) -> Iterator[list[np.ndarray]]:
     """Slices of the row groups rank, rank + world, ... of each shard, without end; `state` is what was read last.
 
-    `state` and `resume` are [shard, group, epoch]; reading goes on behind that row group, rounded to whole rounds of the ranks.
+    `state` and `resume` are [shard, group, epoch]; reading goes on behind that row group (whole rounds of ranks).
     """
     first_shard, first_epoch, first_group = 0, 1, rank
     if resume is not None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import os
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,9 +13,8 @@ import regex
 
 from nanochat_ray.text.tokenizer import SPLIT_PATTERN, Tokenizer, training_texts
 from tests.parity.goldens import load_json
+from tests.real_data import needs_real_data, real_data
 
-REAL_DATA = os.environ.get("NANOCHAT_RAY_TEST_DATA")
-needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="NANOCHAT_RAY_TEST_DATA does not name a folder of real data")
 SIZES = [512, 2048]
 
 
@@ -32,7 +29,7 @@ def golden_tokenizer(size: int) -> Tokenizer:
 
 
 def documents(name: str) -> list[str]:
-    return pq.read_table(Path(str(REAL_DATA)) / name, columns=["text"])["text"].to_pylist()
+    return pq.read_table(real_data() / name, columns=["text"])["text"].to_pylist()
 
 
 @needs_real_data
