@@ -1,0 +1,80 @@
+"""PNG plots of a stage's metrics.jsonl: loss, bits per byte, learning rate, throughput. Only what has data is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_ray.report.metrics_log import is_train_step
+from nanochat_ray.run_dir import write_atomic
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: the series in it, by tracker name and legend."""
+
+    name: str
+    y_label: str
+    series: Mapping[str, str]
+    of_train_steps: bool = True
+    from_zero: bool = False
+
+
+PLOTS = (
+    Plot("loss", "loss (nats per token)", {"train/loss_step": "one step", "train/loss": "moving average"}),
+    Plot("bpb", "bits per byte", {"train/bpb": "train", "val/bpb": "validation"}, of_train_steps=False),
+    Plot("lr", "learning rate multiplier", {"train/lrm": "multiplier"}, from_zero=True),
+    Plot("throughput", "tokens per second", {"train/tok_per_sec": "tokens per second"}, from_zero=True),
+)
+
+
+def draw_plots(records: Sequence[Mapping[str, Any]], folder: Path, prefix: str = "") -> list[Path]:
+    """Write `<prefix><name>.png` into `folder` for each plot that has numbers; returns their paths in order."""
+    written = []
+    for plot in PLOTS:
+        series = {}
+        for key, legend in plot.series.items():
+            points = [(r["step"], r[key]) for r in records if is_train_step(r) == plot.of_train_steps and _has(r, key)]
+            if points:
+                series[legend] = points
+        if series:
+            path = folder / f"{prefix}{plot.name}.png"
+            write_atomic(path, _png(plot, series))
+            written.append(path)
+    return written
+
+
+def _has(record: Mapping[str, Any], key: str) -> bool:
+    values = (record.get("step"), record.get(key))
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _png(plot: Plot, series: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (legend, points) in enumerate(series.items()):
+        steps, values = zip(*points, strict=True)
+        faint = number < len(series) - 1 and len(points) > 50  # the last series is the one to read
+        marker = "o" if len(points) <= 50 else ""
+        axes.plot(steps, values, label=legend, marker=marker, markersize=3, alpha=0.35 if faint else 1.0, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plot.y_label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    if plot.from_zero:
+        top = max(value for points in series.values() for _, value in points)
+        axes.set_ylim(0, 1.08 * top if top > 0 else 1)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,82 @@
+"""A made-up run folder: five known stages, one of them interrupted, and one unknown; NaN and awkward texts included."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from nanochat_ray.report.environment import Environment
+from nanochat_ray.report.metrics_log import MetricsLog
+from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, write_result
+from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE
+
+ENVIRONMENT = Environment(
+    git_branch="main", git_commit="abc1234", git_dirty=True, platform="Linux-6.1", cpu="A CPU", cpus_physical=8,
+    cpus_logical=16, ram_bytes=64 * 2**30, gpus={"NVIDIA H100 80GB HBM3": 8}, vram_bytes=640 * 2**30, cuda="12.8",
+    python="3.11.7", torch="2.13.0", ray="2.60.0",
+)
+
+
+def write_training(folder: Path, steps: int, eval_every: int) -> None:
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder / METRICS_FILE)
+    bpb = None
+    for step in range(steps + 1):
+        if step % eval_every == 0 or step == steps:
+            bpb = 0.8 + 1.5 * math.exp(-step / steps * 4)
+            log.append({"step": step, "val/bpb": bpb})
+        if step == steps:
+            break
+        loss = 3 + 5 * math.exp(-step / steps * 5)
+        log.append({
+            "step": step, "val/bpb": bpb, "train/loss": loss, "train/loss_step": loss + 0.2 * math.sin(step * 1.7),
+            "train/lrm": min(1.0, step / 40, (steps - step) / steps / 0.65), "train/dt": 0.12,
+            "train/tok_per_sec": 68_000 + 3_000 * math.sin(step), "train/mfu": 0.0 / 1.0 if step else math.nan,
+        })
+    log.close()
+
+
+def make_run(root: Path) -> Path:
+    run = root / "d4"
+    config = {"run": {"data": None, "model_tag": "d4"}, "pretrain": {"depth": 4, "matrix_lr": 0.02, "seed": 42}}
+    write_training(run / "pretrain", 400, 50)
+    write_training(run / "sft", 120, 60)
+    records = [
+        StageRecord(
+            "tokenizer", "2026-11-20T10:00:00+0000", 4.25,
+            {"vocab_size": 2048, "bytes_per_token": 4.71, "std": math.nan},
+            tables={
+                "Compression": Table(
+                    ["text", "gpt-2", "ours", "ratio"], [["news | web", 404, 375, 1.0773], ["code", 576, 492, None]]
+                )
+            },
+            config={"tokenizer": {"vocab_size": 2048}},
+        ),
+        StageRecord(
+            "pretrain", "2026-11-20T10:00:05+0000", 63.5,
+            {"val/bpb": 0.8275, "val/min_bpb": 0.8275, "parameters": 11_796_480, "training_tokens": 3_276_800,
+             "total_training_flops": 2.4e18, "total_training_time": 48.2, "dtype": "bfloat16", "resumed_at": None,
+             "peak_memory_bytes": 1_800_000_000, "val/convention": "best-fit crop; 256 rows of T=256; bfloat16"},
+            config=config, hashes={"data": "8c1f" * 16, "tokenizer": "77aa" * 16},
+        ),
+        StageRecord(
+            "base_eval", "2026-11-20T10:01:10+0000", 12.0,
+            {"train/bpb": 0.81, "val/bpb": 0.8274, "core_metric": math.nan},
+            samples=[Sample("The capital of Toria is", " Bell.\n```python\nprint(1)\n```"), Sample("", "<b>bold|</b>")],
+            skipped=[Skipped("CORE", "no bundle in ~/.cache/nanochat_ray/eval_bundle")],
+        ),
+        StageRecord("sft", "2026-11-20T10:01:25+0000", 151.0, {"val/bpb": 0.3121, "peak_memory_bytes": 1_900_000_000}),
+        StageRecord(
+            "chat_eval", "2026-11-20T10:04:00+0000", 4000.0,
+            {"source": "sft", "chatcore/GSM8K": 0.0312, "heldout/overall": 0.93, "heldout/capitals": 0.98,
+             "heldout/word problems": 0.61, "chatcore_metric": None},
+            skipped=[Skipped("HumanEval", "needs a sandbox"), Skipped("ARC-Easy", "no data | <none>")],
+        ),
+        StageRecord("distil", "2026-11-20T11:20:00+0000", 1.0, {"kl": 0.00012}),
+    ]
+    for record in records:
+        write_result(run / record.stage, record)
+        if record.stage != "sft":
+            (run / record.stage / DONE_FILE).write_text("{}")
+    (run / "notes").mkdir()
+    return run
