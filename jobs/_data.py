@@ -24,6 +24,13 @@ def world_folder(storage: str | None) -> Path:
     return folder
 
 
+def pinned_world(run_dir: RunDir, storage: str | None) -> Path | None:
+    """The embedded corpus' folder if the run was begun with it, else None."""
+    path = run_dir.root / DATA_FILE
+    source = DataManifest.from_json(read_json(path)).source if path.exists() else None
+    return world_folder(storage) if source and Path(source).name == f"embedded_world_{WORLD_SEED}" else None
+
+
 def data_name(settings: RunSettings, device: str) -> str:
     """The data to take: what was asked for, else the embedded corpus without a GPU and climbmix with one."""
     return settings.data or ("climbmix" if device.startswith("cuda") else "embedded")
@@ -41,10 +48,10 @@ def pin_data(settings: RunSettings, run_dir: RunDir, device: str, n_shards: int 
             return pinned
     manifest = find_data(settings, data_name(settings, device), n_shards)
     if path.exists():
-        changed = differences(pinned.to_json(), manifest.to_json())
-        if changed:
+        if pinned.hash != manifest.hash:
+            changed = differences(pinned.to_json(), manifest.to_json())
             raise ValueError(
-                f"this run was begun with other data:\n  " + "\n  ".join(changed[:10])
+                "this run was begun with other data:\n  " + "\n  ".join(changed[:10])
                 + f"\nGive the same data, another --model-tag, or delete {run_dir.root}."
             )
     write_json(path, manifest.to_json())

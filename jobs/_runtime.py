@@ -17,14 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.config import RunSettings
-from nanochat_ray.report.metrics_log import follow_metrics
+from nanochat_ray.presets import Machine
 from nanochat_ray.report.progress import Progress
-from nanochat_ray.report.records import StageRecord, read_result, write_result
-from nanochat_ray.run_dir import METRICS_FILE, RESULT_FILE, STOP_FILE, Lease, RunBusyError, RunDir, StaleWriterError
+from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, read_result, write_result
+from nanochat_ray.run_dir import (
+    METRICS_FILE,
+    RESULT_FILE,
+    STOP_FILE,
+    Lease,
+    RunBusyError,
+    RunDir,
+    StaleWriterError,
+    storage_path,
+)
+from nanochat_ray.tasks.rows import TaskSources
 
 logger = logging.getLogger("nanochat_ray")
 
 EXIT_STOPPED = 130  # stopped on request with the state saved; the same command goes on
+FOLLOW_INTERVAL_S = 0.2
 SPARE_CPUS = 2  # logical CPUs of a private cluster beside the training workers: data and evaluation
 
 
@@ -34,7 +45,8 @@ class Stopped(Exception):
 
 def main(job: Callable[[], None]) -> None:
     """Run a job's main function: what a person got wrong becomes one clear message instead of a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO)
     try:
         job()
     except Stopped as stop:
@@ -48,6 +60,21 @@ def main(job: Callable[[], None]) -> None:
 
 
 @dataclass
+class Notes:
+    """What a stage has to tell the report, filled in while it runs."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, name: str, reason: str) -> None:
+        logger.info("skipped %s: %s", name, reason)
+        self.skipped.append(Skipped(name, reason))
+
+
+@dataclass
 class Job:
     """One driver process at work on one run."""
 
@@ -55,13 +82,29 @@ class Job:
     run_dir: RunDir
     lease: Lease
     device: str
-    threads: int  # torch threads that training may use on this machine
-    started: float = field(default_factory=time.time)
+    threads: int  # torch threads of one training worker on this machine
+    resources: contextlib.ExitStack  # closed when the job ends
     stop: threading.Event = field(default_factory=threading.Event)
+    _has_ray: bool = False
+
+    def use_ray(self) -> bool:
+        """Whether stages run on Ray; the cluster is joined or started when the first stage asks."""
+        if self.settings.ray and not self._has_ray:
+            self.resources.enter_context(ray_cluster(self.settings.workers))
+            self._has_ray = True
+        return self.settings.ray
+
+    def task_sources(self) -> TaskSources:
+        """Where task data lies."""
+        given = self.settings.task_data
+        return TaskSources(Path(given).expanduser().absolute() if given else None, storage_path(self.settings.storage))
 
     @contextlib.contextmanager
-    def stage(self, name: str, config: dict[str, Any]) -> Iterator[StageRecord | None]:
-        """The frame of a stage: yields None if it is done already, else the record to fill; marks it done at the end."""
+    def stage(self, name: str, config: dict[str, Any]) -> Iterator[Notes | None]:
+        """The frame of a stage: yields None if it is done already, else the notes to fill; marks it done at the end.
+
+        The record is written also when the stage stops half-way, so that its seconds add up over all starts.
+        """
         self.lease.check()
         state = self.run_dir.begin_stage(name, config)
         folder = self.run_dir.stage(name)
@@ -70,19 +113,26 @@ class Job:
             yield None
             return
         (folder / STOP_FILE).unlink(missing_ok=True)
-        logger.info("%s: %s", name, "continues" if state == "interrupted" else "starts")
-        record = StageRecord(stage=name, started_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"), config=config)
-        before = read_result(folder).seconds if (folder / RESULT_FILE).exists() else 0.0
-        begun = time.monotonic()
+        logger.info("%s: %s", name, "goes on" if state == "interrupted" else "starts")
+        before = read_result(folder) if (folder / RESULT_FILE).exists() else None
+        started_at = before.started_at if before else time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        notes, begun = Notes(), time.monotonic()
+
+        def record() -> StageRecord:
+            seconds = (before.seconds if before else 0.0) + time.monotonic() - begun
+            return StageRecord(name, started_at, seconds, config=config, **vars(notes))
+
         try:
-            yield record
-        finally:
-            record.seconds = before + time.monotonic() - begun  # over all attempts
-            with contextlib.suppress(OSError):
-                write_result(folder, record)
+            yield notes
+        except BaseException:
+            with contextlib.suppress(OSError, StaleWriterError):
+                self.lease.check()
+                write_result(folder, record())
+            raise
         self.lease.check()
+        write_result(folder, record())
         self.run_dir.finish_stage(name)
-        logger.info("%s: done in %.0f s", name, record.seconds)
+        logger.info("%s: done in %.0f s", name, record().seconds)
 
     def wait_for(self, stage: str, work: Callable[[], dict[str, Any]], total: int | None) -> dict[str, Any]:
         """Run a training stage in a thread while this one shows progress and turns signals into a request to stop."""
@@ -99,8 +149,8 @@ class Job:
         progress = Progress(total, desc=stage)
         with self.signals_request_stop(folder):
             thread.start()
-            for record in follow_metrics(folder / METRICS_FILE, until=lambda: not thread.is_alive()):
-                progress.update(record)
+            for record in follow(folder / METRICS_FILE, thread.is_alive):
+                progress.update(record.pop("step"), record)
         progress.close()
         thread.join()
         if "error" in outcome:
@@ -129,18 +179,32 @@ class Job:
                 signal.signal(number, handler)
 
 
+def find_machine() -> Machine:
+    """What there is to train on: the cluster that RAY_ADDRESS names, else this machine."""
+    import torch
+
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        connect()
+        resources = ray.cluster_resources()
+        kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+        return Machine(int(resources.get("GPU", 0)), ", ".join(kinds), int(resources.get("CPU", 0)), "in the cluster")
+    gpus = torch.cuda.device_count()
+    return Machine(gpus, torch.cuda.get_device_name() if gpus else "", os.cpu_count() or 1, "here")
+
+
 @contextlib.contextmanager
-def open_job(settings: RunSettings, model_tag: str, needs_ray: bool = True) -> Iterator[Job]:
-    """Take the run's lease and, unless told otherwise, a Ray cluster; both are given back at the end."""
+def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
+    """Take the run's lease; it and the Ray cluster, if a stage wanted one, are given back at the end."""
     from nanochat_ray.model.precision import pick_device
 
     run_dir = RunDir.of(settings.storage, model_tag)
-    device = pick_device(settings.device_type)
+    on_cluster = settings.ray and settings.device_type is None and os.environ.get("RAY_ADDRESS")
+    device = "cuda" if on_cluster and find_machine().gpus else pick_device(settings.device_type)
     with Lease.acquire(run_dir.root) as lease, contextlib.ExitStack() as stack:
-        if settings.ray and needs_ray:
-            stack.enter_context(ray_cluster(settings.workers))
         threads = max(1, (os.cpu_count() or 1) // settings.workers)
-        yield Job(settings, run_dir, lease, device, threads)
+        yield Job(settings, run_dir, lease, device, threads, stack)
 
 
 @contextlib.contextmanager
@@ -151,22 +215,12 @@ def ray_cluster(workers: int) -> Iterator[None]:
     """
     import ray
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # also the poll for reports, which are barriers
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if os.environ.get("RAY_ADDRESS"):
-        if "RAY_AUTH_MODE" not in os.environ and has_ray_token():
-            os.environ["RAY_AUTH_MODE"] = "token"
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        resources = ray.cluster_resources()
-        logger.info("Ray: joined %s with %g CPUs, %g GPUs", os.environ["RAY_ADDRESS"],
-                    resources.get("CPU", 0), resources.get("GPU", 0))
+        connect()
     else:
+        set_ray_defaults()
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone; nothing is left in ~/.ray
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, workers + SPARE_CPUS)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)
@@ -177,16 +231,54 @@ def ray_cluster(workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, once."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    set_ray_defaults()
+    if "RAY_AUTH_MODE" not in os.environ and has_ray_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    resources = ray.cluster_resources()
+    logger.info("Ray: joined %s with %g CPUs, %g GPUs", os.environ["RAY_ADDRESS"],
+                resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def set_ray_defaults() -> None:
+    """Ray's own settings, where the person has not set them; they must stand before Ray starts or is joined."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # also the poll for reports, which are barriers
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def follow(path: Path, alive: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """New records of a JSONL file as they are written, until `alive` says no and the file is read to its end."""
+    position = path.stat().st_size if path.exists() else 0
+    rest = b""
+    while True:
+        ending = not alive()
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                rest += file.read()
+                position = file.tell()
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if "step" in record:
+                    yield record
+        if ending:
+            return
+        time.sleep(FOLLOW_INTERVAL_S)
+
+
 def has_ray_token() -> bool:
     """Whether a Ray auth token is there: environment, the file it names, or the home folder's."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).expanduser().exists()
-
-
-def load_record(folder: Path) -> StageRecord | None:
-    """A finished stage's record, None if there is none."""
-    return read_result(folder) if (folder / RESULT_FILE).exists() else None
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

@@ -23,15 +23,16 @@ class Machine:
     gpus: int
     gpu_name: str = ""
     cpus: int = 1
+    where: str = "here"
 
 
-def choose_preset(machine: Machine, where: str = "here") -> tuple[str, str]:
+def choose_preset(machine: Machine) -> tuple[str, str]:
     """The preset's name and the reason in one line."""
     if machine.gpus == 0:
-        return "cpu", f"no GPU {where}, {machine.cpus} CPUs"
+        return "cpu", f"no GPU {machine.where}, {machine.cpus} CPUs"
     if machine.gpus >= 8:
-        return "d24", f"{machine.gpus} GPUs {where} ({machine.gpu_name})"
-    return "d12", f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} {where} ({machine.gpu_name})"
+        return "d24", f"{machine.gpus} GPUs {machine.where} ({machine.gpu_name})"
+    return "d12", f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} {machine.where} ({machine.gpu_name})"
 
 
 def preset(name: str, machine: Machine) -> SpeedrunSettings:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-STAGES = ("tokenizer", "pretrain", "base_eval", "sft", "chat_eval", "rl", "report")
+STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_eval", "rl", "report")
+STAGE_OF_SOURCE = {"base": "pretrain", "sft": "sft", "rl": "rl"}  # nanochat's names of models
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"

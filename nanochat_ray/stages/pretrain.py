@@ -157,7 +157,7 @@ def run_loop(
             seconds = clock.seconds()
             if state.step > UNTIMED_STEPS:
                 state.training_time_s += seconds
-            metrics |= {
+            step_metrics = {
                 "train/loss": state.smooth(loss),
                 "train/loss_step": loss,
                 "train/lrm": lr,
@@ -170,8 +170,9 @@ def run_loop(
                 "total_training_time": state.training_time_s,
                 "total_training_flops": plan.flops_per_token * plan.total_batch_size * (state.step + 1),
             }
+            metrics |= step_metrics
             if rank0:
-                hooks.report(state.step, metrics)
+                hooks.report(state.step, step_metrics)
             state.cursor, state.progress = batch.cursor, batch.progress
             state.step += 1
             garbage.after_step()

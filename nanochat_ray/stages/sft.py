@@ -112,8 +112,7 @@ def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks)
             logger.warning("the pretraining checkpoint has no optimizer state; starting with a fresh optimizer")
         else:
             optimizer.load_state_by_name(moments)
-    for group in optimizer.param_groups:
-        group["initial_lr"] *= settings.init_lr_frac
+    optimizer.scale_initial_lr(settings.init_lr_frac)
     if world.rank == 0:
         logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
     return run_loop(job, world, base, tokenizer, model, optimizer, state, open_batches, hooks)
@@ -180,19 +179,20 @@ def run_loop(
             n_tokens = settings.total_batch_size
             if state.step > UNTIMED_STEPS:
                 state.training_time_s += seconds
-            metrics |= {
+            step_metrics = {
                 "train/loss": state.smooth(loss),
                 "train/loss_step": loss,
                 "train/lrm": lr,
                 "train/dt": seconds,
                 "train/tok_per_sec": int(n_tokens / seconds),
                 "train/mfu": 100 * flops * n_tokens / seconds / (peak * world.world_size),
-                "train/progress": batch.progress,
+                "train/done_frac": schedule_progress(settings, state.step + 1, batch.progress),
                 "train/supervised_tokens": n_targets,
                 "total_training_time": state.training_time_s,
             }
+            metrics |= step_metrics
             if rank0:
-                hooks.report(state.step, metrics)
+                hooks.report(state.step, step_metrics)
             state.cursor, state.progress = batch.cursor, batch.progress
             state.step += 1
             garbage.after_step()

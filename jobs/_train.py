@@ -1,0 +1,57 @@
+"""Run a training stage where the job's settings say: on Ray's workers, or in this process."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from _runtime import Job
+
+from nanochat_ray.messages import World
+from nanochat_ray.report.tracker import Tracker
+from nanochat_ray.stages.hooks import FolderHooks
+from nanochat_ray.stages.pretrain import PretrainJob, pretrain
+from nanochat_ray.stages.rows import RowSource, plain_row_blocks
+from nanochat_ray.stages.sft import SFTJob, finetune
+from nanochat_ray.text.packing import step_batches
+
+logger = logging.getLogger("nanochat_ray")
+
+
+def train(
+    job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_step: int, total_steps: int | None
+) -> dict[str, Any]:
+    """Train to the end; returns the stage's result. Raises Stopped if a signal asked for it, with the state saved."""
+    if job.use_ray():
+        from nanochat_ray.train.launch import Workers, fit
+
+        use_gpu = job.device.startswith("cuda")
+        workers = Workers(job.settings.workers, use_gpu, threads_each=None if use_gpu else job.threads)
+
+        def work() -> dict[str, Any]:
+            return fit(stage, rows, rows_per_step, workers, job.lease.epoch, job.settings.run)
+    else:
+        if job.settings.workers > 1:
+            raise ValueError("--workers above 1 needs Ray; leave --no-ray out")
+
+        def work() -> dict[str, Any]:
+            return train_here(job, stage, rows, rows_per_step)
+
+    return job.wait_for(stage.stage_folder.name, work, total_steps)
+
+
+def train_here(job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_step: int) -> dict[str, Any]:
+    """Train in this process, without Ray: the same stage function, rows and hooks."""
+    world = World(device=job.device)
+    tracker = Tracker(stage.stage_folder, job.settings.run, config=stage.settings.model_dump(mode="json"))
+    hooks = FolderHooks(stage.stage_folder, job.lease.epoch, world, tracker)
+
+    def open_batches(cursor, step):
+        return step_batches(plain_row_blocks(rows, cursor), rows_per_step, start_step=step)
+
+    try:
+        if isinstance(stage, PretrainJob):
+            return pretrain(stage, world, open_batches, hooks)
+        return finetune(stage, world, open_batches, hooks)
+    finally:
+        tracker.finish()

@@ -1,0 +1,51 @@
+"""Chat with a finetuned model on the command line. `quit` leaves, `clear` forgets, Ctrl-C stops a reply."""
+
+from __future__ import annotations
+
+import sys
+
+from _runtime import main
+
+from nanochat_ray.config import ChatSettings, RunSettings
+from nanochat_ray.flags import Section, parse_args
+from nanochat_ray.run_dir import STAGE_OF_SOURCE, RunDir, find_model_tag, storage_path
+
+
+def cli() -> None:
+    found = parse_args(__doc__, [Section("run", RunSettings()), Section("chat", ChatSettings())])
+    settings, chat = found["run"], found["chat"]
+
+    from nanochat_ray.engine.chat import ChatSession, chat_loop
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.model.checkpoint import resolve_checkpoint
+    from nanochat_ray.model.precision import pick_device, pick_dtype
+    from nanochat_ray.text.tokenizer import Tokenizer
+
+    storage = storage_path(settings.storage)
+    run_dir = RunDir(storage / (settings.model_tag or find_model_tag(storage)))
+    tokenizer = Tokenizer.load(run_dir.require_stage("tokenizer", "tok_train.py"))
+    checkpoint = resolve_checkpoint(run_dir.checkpoints(STAGE_OF_SOURCE[chat.source]), chat.step)
+    device = pick_device(settings.device_type)
+    dtype, _ = pick_dtype(device, settings.dtype)
+    engine = Engine(checkpoint.build_model(device, dtype, tokenizer.vocab_size), tokenizer)
+    session = ChatSession(engine, tokenizer, chat)
+    if chat.prompt is not None:
+        for piece in session.reply(chat.prompt):
+            print(piece, end="", flush=True)
+        print()
+        return
+    print(f"{run_dir.root.name} ({chat.source}, step {checkpoint.step}). quit leaves, clear starts anew, Ctrl-C stops a reply.")
+    chat_loop(session, read_line, write)
+
+
+def read_line() -> str:
+    return input("\nyou: ")
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(cli)

@@ -1,0 +1,106 @@
+"""Evaluate a chat model on the ChatCORE tasks and the embedded world's held-out questions (stage `chat_eval`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from _runtime import Job, Notes, main, open_job
+
+from nanochat_ray.config import ChatEvalSettings, RunSettings
+from nanochat_ray.flags import Section, parse_args
+from nanochat_ray.run_dir import find_model_tag, storage_path, write_atomic
+
+logger = logging.getLogger("nanochat_ray")
+
+PROBLEMS_PER_UNIT = 50
+
+
+def run(job: Job, settings: ChatEvalSettings, world_folder: Path | None) -> None:
+    from _evaluate import checkpoint_of, run_units
+
+    from nanochat_ray.messages import SamplingParams
+    from nanochat_ray.stages.evaluation import EVAL_SEED, HELD_OUT, ChatUnit, EvalSpec, chat_task, cut
+    from nanochat_ray.tasks.catalog import chat_task_names
+    from nanochat_ray.tasks.rows import TaskDataMissing
+
+    checkpoint = checkpoint_of(job, settings.source, settings.step)
+    stage = "chat_eval" if settings.source == "sft" else f"chat_eval_{settings.source}"
+    config = {"settings": settings.identity(), "model": checkpoint.model_hash, "world": world_folder is not None}
+    with job.stage(stage, config) as notes:
+        if notes is None:
+            return
+        sources = job.task_sources()
+        spec = EvalSpec(
+            checkpoint.folder.parent, checkpoint.step, job.run_dir.stage("tokenizer"), job.device,
+            job.settings.dtype, sources, world_folder=world_folder,
+        )
+        params = SamplingParams(
+            settings.temperature, settings.top_k, settings.max_new_tokens, EVAL_SEED, settings.num_samples
+        )
+        names = [HELD_OUT] if world_folder and settings.task_name is None else []
+        tasks, units = {}, []
+        for name in names + chat_task_names(settings.task_name):
+            try:
+                tasks[name] = chat_task(name, sources, world_folder)
+            except TaskDataMissing as error:
+                notes.skip(name, str(error))
+                continue
+            n = min(len(tasks[name]), settings.max_problems or len(tasks[name]))
+            units += [
+                ChatUnit(name, indices, params, settings.batch_size) for indices in cut(range(n), PROBLEMS_PER_UNIT)
+            ]
+        found = run_units(job, spec, units)
+        records: dict[str, list] = {name: [] for name in tasks}
+        for unit, part in zip(units, found, strict=True):
+            records[unit.task] += part
+        write_scores(job, stage, records, notes)
+
+
+def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -> None:
+    """Scores and tables for the report; every problem's record as a line of `problems.jsonl`."""
+    import json
+
+    from nanochat_ray.corpus.world.questions import HARD_FAMILY
+    from nanochat_ray.metrics.chat_eval import summarise
+    from nanochat_ray.report.records import Table, plain
+    from nanochat_ray.stages.evaluation import HELD_OUT, chat_metrics
+
+    lines = [json.dumps(plain(record), ensure_ascii=False) for part in records.values() for record in part]
+    write_atomic(job.run_dir.stage(stage) / "problems.jsonl", "".join(line + "\n" for line in lines))
+    held_out = records.pop(HELD_OUT, None)
+    results = {name: summarise(found) for name, found in records.items() if found}
+    notes.metrics |= chat_metrics(results)
+    if results:
+        notes.tables["Tasks"] = Table(
+            ["task", "problems", "accuracy", "from", "to", "pass@1"],
+            [[name, r.n_problems, r.accuracy, *r.interval, r.pass_at_1] for name, r in results.items()],
+        )
+    for name, result in results.items():
+        logger.info("chat_eval: %s %.1f %% of %d", name, 100 * result.accuracy, result.n_problems)
+    if held_out:
+        families: dict[str, list[bool]] = {}
+        for record in held_out:
+            families.setdefault(record.group, []).append(record.correct)
+        usual = [right for family, rights in families.items() if family != HARD_FAMILY for right in rights]
+        notes.metrics["heldout/all but the hard family"] = sum(usual) / max(1, len(usual))
+        notes.metrics |= {f"heldout/{family}": sum(rights) / len(rights) for family, rights in families.items()}
+        notes.tables["Held-out questions by family"] = Table(
+            ["family", "right", "asked"], [[name, sum(rights), len(rights)] for name, rights in sorted(families.items())]
+        )
+        for family, rights in sorted(families.items()):
+            logger.info("chat_eval: %s %d of %d", family, sum(rights), len(rights))
+        logger.info("chat_eval: %d of %d held-out questions, the hard family apart", sum(usual), len(usual))
+
+
+def cli() -> None:
+    found = parse_args(__doc__, [Section("run", RunSettings()), Section("chat_eval", ChatEvalSettings())])
+    settings = found["run"]
+    from _data import pinned_world
+
+    with open_job(settings, settings.model_tag or find_model_tag(storage_path(settings.storage))) as job:
+        run(job, found["chat_eval"], pinned_world(job.run_dir, settings.storage))
+
+
+if __name__ == "__main__":
+    main(cli)

@@ -1,0 +1,69 @@
+"""Pretrain the model on the run's data (stage `pretrain`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from _runtime import Job, main, open_job
+
+from nanochat_ray.config import PretrainSettings, RunSettings
+from nanochat_ray.corpus.reader import DataManifest
+from nanochat_ray.flags import Section, parse_args
+
+logger = logging.getLogger("nanochat_ray")
+
+
+def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
+    from _train import train
+
+    from nanochat_ray.stages.pretrain import PretrainJob
+    from nanochat_ray.stages.rows import CorpusRows
+    from nanochat_ray.text.tokenizer import Tokenizer
+
+    tokenizer_folder = job.run_dir.require_stage("tokenizer", "tok_train.py")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    config = {"settings": settings.identity(), "data": manifest.hash, "tokenizer": tokenizer.hash}
+    with job.stage("pretrain", config) as notes:
+        if notes is None:
+            return
+        bundle = eval_bundle(job) if settings.core_metric_every else None
+        stage = PretrainJob(
+            settings, job.run_dir.stage("pretrain"), tokenizer_folder, manifest, job.settings.dtype, bundle
+        )
+        plan = stage.plan(tokenizer.vocab_size)
+        logger.info(
+            "pretrain: %s parameters, %s steps of %s tokens, %.2f tokens per scaling parameter, %.3g FLOPs",
+            f"{plan.param_counts['total']:,}", f"{plan.num_iterations:,}", f"{plan.total_batch_size:,}",
+            plan.total_tokens / plan.scaling_params, plan.total_flops,
+        )
+        rows = CorpusRows(manifest, tokenizer_folder, settings.max_seq_len, settings.seed)
+        result = train(job, stage, rows, plan.rows_per_step, plan.num_iterations)
+        notes.metrics |= result["metrics"]
+        notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}
+
+
+def eval_bundle(job: Job) -> Path | None:
+    """The CORE bundle's folder: as named, else the one below the storage if it is there."""
+    from nanochat_ray.run_dir import storage_path
+
+    if job.settings.eval_bundle is not None:
+        folder = Path(job.settings.eval_bundle).expanduser().absolute()
+        if not (folder / "core.yaml").exists():
+            raise FileNotFoundError(f"--eval-bundle {folder}: no core.yaml in it")
+        return folder
+    folder = storage_path(job.settings.storage) / "eval_bundle"
+    return folder if (folder / "core.yaml").exists() else None
+
+
+def cli() -> None:
+    found = parse_args(__doc__, [Section("run", RunSettings()), Section("pretrain", PretrainSettings())])
+    from _data import pin_data
+
+    settings, pretrain_settings = found["run"], found["pretrain"]
+    with open_job(settings, settings.model_tag or f"d{pretrain_settings.depth}") as job:
+        run(job, pretrain_settings, pin_data(settings, job.run_dir, job.device))
+
+
+if __name__ == "__main__":
+    main(cli)

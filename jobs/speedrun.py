@@ -1,0 +1,100 @@
+"""The main job: raw text in, a model that chats out. The same command again goes on where it stopped.
+
+Presets: cpu, smoke, d12, d20, d24, d26, d32; without --preset one is chosen by the hardware. Stage settings are
+--pretrain.depth, --sft.num-epochs and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from _runtime import find_machine, main, open_job
+
+from nanochat_ray.config import (
+    BaseEvalSettings,
+    ChatEvalSettings,
+    PretrainSettings,
+    RunSettings,
+    SFTSettings,
+    SpeedrunSettings,
+    TokenizerSettings,
+)
+from nanochat_ray.flags import Flags, Section, read_flags
+from nanochat_ray.presets import Machine, choose_preset, preset
+
+SECTIONS = [
+    Section("run", RunSettings()),
+    Section("tokenizer", TokenizerSettings(), "tokenizer"),
+    Section("pretrain", PretrainSettings(), "pretrain"),
+    Section("base_eval", BaseEvalSettings(), "base_eval"),
+    Section("sft", SFTSettings(), "sft"),
+    Section("chat_eval", ChatEvalSettings(), "chat_eval"),
+]
+
+
+def settings_from(flags: Flags, machine: Machine) -> tuple[SpeedrunSettings, str]:
+    """The preset with what the person changed, and one line that says which preset and why."""
+    name, why = flags.args.preset, "asked for"
+    if name is None:
+        name, why = choose_preset(machine)
+    try:
+        chosen = preset(name, machine)
+    except ValueError as error:
+        flags.fail(f"--preset: {error}")
+    parts = {
+        section.key: flags.settings(type(section.defaults), getattr(chosen, section.key)) for section in SECTIONS
+    }
+    return SpeedrunSettings(preset=name, **parts), f"preset {name}: {why}"
+
+
+def speedrun(settings: SpeedrunSettings) -> None:
+    import base_eval
+    import chat_eval
+    import pretrain
+    import report
+    import sft
+    import tok_eval
+    import tok_train
+    from _data import pin_data, pinned_world
+
+    from nanochat_ray.corpus.shards import shards_needed
+    from nanochat_ray.model.scaling import plan_training
+
+    plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
+    with open_job(settings.run, settings.run.model_tag or f"d{settings.pretrain.depth}") as job:
+        manifest = pin_data(settings.run, job.run_dir, job.device, shards_needed(plan.total_tokens))
+        world = pinned_world(job.run_dir, settings.run.storage)
+        tok_train.run(job, settings.tokenizer, manifest)
+        tok_eval.run(job, manifest)
+        pretrain.run(job, settings.pretrain, manifest)
+        base_eval.run(job, settings.base_eval, manifest)
+        sft.run(job, settings.sft, world)
+        chat_eval.run(job, settings.chat_eval, world)
+        path = report.run(job)
+        print(f"report: {path}")
+        print(f"chat with it: {chat_command(settings.run, job.run_dir.root)}")
+
+
+def chat_command(settings: RunSettings, run_folder: Path) -> str:
+    """The command line that opens a chat with this run's model, from any folder."""
+    script = Path(__file__).resolve().parent / "chat_cli.py"
+    storage = ["--storage", str(run_folder.parent)] if settings.storage else []
+    return shlex.join([sys.executable, str(script), *storage, "--model-tag", run_folder.name])
+
+
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="cpu, smoke, d12, d20, d24, d26 or d32; unset: by hardware")
+
+
+def cli() -> None:
+    flags = read_flags(__doc__, SECTIONS, extra=add_preset)
+    settings, line = settings_from(flags, find_machine())
+    print(line, flush=True)
+    speedrun(settings)
+
+
+if __name__ == "__main__":
+    main(cli)

@@ -1,0 +1,78 @@
+"""Evaluation fanned out over Ray actors: the same units in any order on any number of actors give the same records."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, Record, Unit
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 3  # of one unit, when actors die under it
+START_TIMEOUT_S = 300.0
+
+
+@ray.remote
+class EvalActor(Evaluator):
+    """An evaluator with the model loaded, in a process of its own."""
+
+    def ready(self) -> int:
+        return os.getpid()
+
+
+def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:
+    """Evaluate every unit on `actors` actors and return their records in the order of `units`.
+
+    An actor that dies is replaced and its unit done again, at most MAX_TRIES times. Raises RuntimeError if no actor
+    can be placed within START_TIMEOUT_S, and whatever a unit itself raises.
+    """
+    use_gpu = spec.device.startswith("cuda")
+    actor_class = EvalActor.options(
+        num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    )
+
+    pool = [actor_class.remote(spec) for _ in range(min(actors, len(units)))]
+    results: list[list[Record] | None] = [None] * len(units)
+    waiting = deque(range(len(units)))
+    tries = [0] * len(units)
+    running: dict[ray.ObjectRef, tuple[int, ray.actor.ActorHandle]] = {}
+    try:
+        wait_until_placed(pool)
+        idle = deque(pool)
+        while waiting or running:
+            while waiting and idle:
+                number, actor = waiting.popleft(), idle.popleft()
+                running[actor.run.remote(units[number])] = (number, actor)
+            finished, _ = ray.wait(list(running), num_returns=1)
+            number, actor = running.pop(finished[0])
+            try:
+                results[number] = ray.get(finished[0])
+            except RayActorError as error:
+                tries[number] += 1
+                if tries[number] >= MAX_TRIES:
+                    raise RuntimeError(f"{tries[number]} actors died evaluating {units[number]}: {error}") from error
+                logger.warning("an evaluation actor died; its unit is done again on another")
+                actor = actor_class.remote(spec)
+                pool.append(actor)
+                waiting.appendleft(number)
+            idle.append(actor)
+    finally:
+        for actor in pool:
+            ray.kill(actor)
+    return [records for records in results if records is not None]
+
+
+def wait_until_placed(pool: Sequence[ray.actor.ActorHandle]) -> None:
+    """Raise RuntimeError with what is there if the first actor does not start in time."""
+    try:
+        ray.get(pool[0].ready.remote(), timeout=START_TIMEOUT_S)
+    except GetTimeoutError:
+        raise RuntimeError(
+            f"no evaluation actor could be placed in {START_TIMEOUT_S:.0f} s; free: {ray.available_resources()}"
+        ) from None
