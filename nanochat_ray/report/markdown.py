@@ -2,8 +2,8 @@
 
 What a stage's metrics are called decides where they appear in the summary: `val/bpb`, `core_metric`,
 `chatcore/<task>`, `chatcore_metric`, `chatcore_cat`, `heldout/overall` and `heldout/<family>` (shares of 1), and
-`source` of a chat evaluation. Every other metric stands in its stage's section. A stage that is not known is shown
-after the known ones, never dropped.
+`source` of a chat evaluation; `core_metric_name` and `chatcore_metric_name` say what such a mean covers. Every other
+metric stands in its stage's section. A stage that is not known is shown after the known ones, never dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_ray.report.environment import Environment, cost
+from nanochat_ray.report.environment import Environment, cost, describe_environment
 from nanochat_ray.report.metrics_log import read_metrics
 from nanochat_ray.report.plots import draw_plots
 from nanochat_ray.report.records import Scalar, StageRecord, read_result
@@ -47,7 +47,8 @@ def write_report(
 ) -> Path:
     """Write `<run>/report/report.md` and its plots over those of before; returns its path.
 
-    `price_per_hour` is of the whole machine, in dollars. Raises FileNotFoundError if the folder holds no stage.
+    `environment` is this machine's if not given; `price_per_hour` is of the whole machine, in dollars. Raises
+    FileNotFoundError if the folder holds no stage.
     """
     out = run_folder / REPORT_STAGE
     stages = [_read_stage(folder, out) for folder in _stage_folders(run_folder)]
@@ -60,7 +61,7 @@ def write_report(
         _summary([stage.record for stage in stages if stage.record]),
         _times(stages, price_per_hour),
         _skipped(stages),
-        _environment(environment),
+        _environment(environment or describe_environment()),
         *[_section(stage) for stage in stages],
     ]
     path = out / REPORT_FILE
@@ -87,8 +88,13 @@ def _read_stage(folder: Path, out: Path) -> Stage:
 
 
 def _order(stage: Stage) -> tuple[int, str, str]:
-    known = STAGES.index(stage.name) if stage.name in STAGES else len(STAGES)
-    return known, stage.record.started_at if stage.record else "", stage.name
+    """Known stages in their order, `<stage>_<more>` right after <stage>, the others at the end in order of time."""
+    place = len(STAGES)
+    for index, name in enumerate(STAGES):
+        if stage.name == name or (stage.name.startswith(f"{name}_") and place == len(STAGES)):
+            place = index
+    started_at = stage.record.started_at if stage.record and place == len(STAGES) else ""
+    return place, started_at, stage.name
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -99,16 +105,18 @@ def _summary(records: Sequence[StageRecord]) -> str:
 
     Tasks that the chat evaluation left out have their row too.
     """
-    rows: dict[str, dict[str, str]] = {"val bpb, text": {}, "CORE": {}}
+    rows: dict[str, dict[str, str]] = {"val bpb, text": {}}
     for record in records:
         column = _column(record)
         for name, value in record.metrics.items():
-            label = _summary_label(name, column)
+            label = str(record.metrics.get(f"{name}_name") or _summary_label(name, column) or "")
             if label and column:
                 rows.setdefault(label, {})[column] = _value(name, value)
         if record.stage.startswith("chat_eval"):
             for item in record.skipped:
                 rows.setdefault(item.name, {})
+    if not any(label.startswith("CORE") for label in rows):
+        rows["CORE"] = {}
     columns = [BASE, SFT] + ([RL] if any(_column(record) == RL for record in records) else [])
     order = sorted(rows, key=_summary_order)
     body = [[label, *[rows[label].get(column, ABSENT) for column in columns]] for label in order]
@@ -177,9 +185,7 @@ def _skipped(stages: Sequence[Stage]) -> str:
     return "## Left out\n\n" + "\n".join(lines) if lines else ""
 
 
-def _environment(env: Environment | None) -> str:
-    if env is None:
-        return ""
+def _environment(env: Environment) -> str:
     changed = {True: ", with uncommitted changes", False: "", None: ""}[env.git_dirty]
     gpus = ", ".join(f"{count}x {name}" for name, count in env.gpus.items())
     physical = ABSENT if env.cpus_physical is None else env.cpus_physical

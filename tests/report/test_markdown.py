@@ -96,20 +96,36 @@ def test_a_second_report_replaces_the_first_and_is_the_same(tmp_path):
     run = make_run(tmp_path)
     for log in run.glob("*/metrics.jsonl"):
         log.unlink()  # drawing takes long and is tested above
-    first = write_report(run, None, None, MADE_AT).read_text()
-    assert write_report(run, None, None, MADE_AT).read_text() == first
-    assert "cost" not in first and "## Machine" not in first
+    first = write_report(run, ENVIRONMENT, None, MADE_AT).read_text()
+    assert write_report(run, ENVIRONMENT, None, MADE_AT).read_text() == first
+    assert "cost" not in first
     write_result(run / "rl", StageRecord("rl", "2026-11-20T11:00:00+0000", 1, {"chatcore/GSM8K": 0.5}))
-    second = write_report(run, None, None, MADE_AT).read_text()
+    second = write_report(run, ENVIRONMENT, None, MADE_AT).read_text()
     assert rows(section(second, "Summary"))["GSM8K"] == ["-", "3.1 %", "50.0 %"]
     assert not [path for path in (run / "report").iterdir() if path.name.startswith(".")]
 
 
-def test_a_chat_evaluation_of_the_base_model_stands_under_base(tmp_path):
-    scores = {"source": "base", "heldout/overall": 0.125}
-    write_result(tmp_path / "r" / "chat_eval", StageRecord("chat_eval", "2026", 1, scores))
-    report = write_report(tmp_path / "r", made_at=MADE_AT).read_text()
+@pytest.mark.parametrize(("stage", "source"), [("chat_eval", {"source": "base"}), ("chat_eval_base", {})])
+def test_a_chat_evaluation_of_the_base_model_stands_under_base(tmp_path, stage, source):
+    write_result(tmp_path / "r" / stage, StageRecord(stage, "2026", 1, {**source, "heldout/overall": 0.125}))
+    report = write_report(tmp_path / "r", ENVIRONMENT).read_text()
     assert rows(section(report, "Summary"))["held-out questions"] == ["12.5 %", "-"]
+
+
+def test_a_mean_over_fewer_tasks_is_called_so(tmp_path):
+    metrics = {"core_metric": 0.25, "core_metric_name": "CORE20"}
+    write_result(tmp_path / "r" / "base_eval", StageRecord("base_eval", "2026", 1, metrics))
+    summary = rows(section(write_report(tmp_path / "r", ENVIRONMENT).read_text(), "Summary"))
+    assert summary["CORE20"] == ["0.2500", "-"] and "CORE" not in summary
+
+
+def test_the_order_of_stages(tmp_path):
+    wanted = ["tokenizer", "tokenizer_eval", "pretrain", "chat_eval", "chat_eval_base", "rl", "b_first", "a_second"]
+    for stage in sorted(wanted):
+        started_at = {"b_first": "2026-01-01", "a_second": "2026-01-02"}.get(stage, "2027")
+        write_result(tmp_path / "r" / stage, StageRecord(stage, started_at, 1))
+    report = write_report(tmp_path / "r", ENVIRONMENT).read_text()
+    assert re.findall(r"^## (.*)$", report, re.M)[3:] == wanted
 
 
 def test_stages_without_a_readable_record_still_appear(tmp_path):
@@ -117,7 +133,8 @@ def test_stages_without_a_readable_record_still_appear(tmp_path):
     (tmp_path / "pretrain" / CONFIG_FILE).write_text("{}")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / RESULT_FILE).write_text("{")
-    report = write_report(tmp_path).read_text()
+    report = write_report(tmp_path).read_text()  # of this machine
+    assert "Python" in section(report, "Machine")
     assert "No record yet" in section(report, "pretrain") and "cannot be read" in section(report, "sft")
 
 
