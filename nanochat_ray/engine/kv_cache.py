@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.attention import Span
 
 
 class KVCache:
@@ -22,11 +23,15 @@ class KVCache:
         if rows < 1 or capacity < 1:
             raise ValueError(f"a cache needs at least one row and one position, not {rows} and {capacity}")
         self.config = config
-        shape = (config.n_layer, rows, capacity, config.n_kv_head, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (self._storage(rows, capacity, device, dtype) for _ in "kv")
         self.lengths: list[int] = [0] * rows
         self.prev_ids = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def _storage(self, rows: int, capacity: int, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+        """(L, rows, capacity, K, D), in memory with all positions of a head together, as attention reads them."""
+        c = self.config
+        shape = (c.n_layer, rows, c.n_kv_head, capacity, c.head_dim)
+        return torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
 
     @property
     def rows(self) -> int:
@@ -36,26 +41,26 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.size(2)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (rows, T, K, D) behind what each row has; returns all keys and values, (rows, S, K, D).
+    def write(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store k, v (rows, T, K, D) at the span's positions; returns all keys and values up to its end.
 
-        S is the longest row's length with the new tokens. Raises ValueError beyond the capacity.
+        Raises ValueError for another number of rows and beyond the capacity.
         """
         rows, T = k.shape[:2]
         if rows != self.rows:
             raise ValueError(f"{rows} rows of tokens for a cache of {self.rows} rows")
-        longest, shortest = max(self.lengths), min(self.lengths)
-        if longest + T > self.capacity:
-            raise ValueError(f"{T} tokens behind {longest} do not fit the cache's capacity of {self.capacity} positions")
-        if longest == shortest:
-            self.k[layer, :, longest : longest + T] = k
-            self.v[layer, :, longest : longest + T] = v
+        if span.end > self.capacity:
+            raise ValueError(
+                f"{T} tokens behind {span.end - T} do not fit the cache's capacity of {self.capacity} positions"
+            )
+        if span.level:
+            self.k[layer, :, span.end - T : span.end] = k
+            self.v[layer, :, span.end - T : span.end] = v
         else:
-            at = torch.tensor(self.lengths, device=k.device)[:, None] + torch.arange(T, device=k.device)  # (rows, T)
             row = torch.arange(rows, device=k.device)[:, None]
-            self.k[layer][row, at] = k
-            self.v[layer][row, at] = v
-        return self.k[layer, :, : longest + T], self.v[layer, :, : longest + T]
+            self.k[layer][row, span.positions] = k
+            self.v[layer][row, span.positions] = v
+        return self.k[layer, :, : span.end], self.v[layer, :, : span.end]
 
     def advance(self, idx: Tensor) -> None:
         """Count the tokens idx (rows, T) as stored."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +25,44 @@ class Cache(Protocol):
     lengths: list[int]  # positions filled, per row
     prev_ids: Tensor  # (B,) int64, the last token id of each row; of no meaning where the length is 0
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, K, D) behind what each row has; returns all keys and values, (B, S, K, D), S the longest."""
+    def write(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, K, D) at the span's positions; returns all keys and values up to its end, (B, S, K, D)."""
         ...
 
     def advance(self, idx: Tensor) -> None:
         """Count the tokens idx (B, T) as stored, after the last layer has written."""
         ...
+
+
+class Span:
+    """Where the new tokens of one forward pass stand, per row, and what they see."""
+
+    def __init__(self, starts: list[int], T: int, device: torch.device) -> None:
+        self.starts, self.T, self.device = starts, T, device
+        self.end = max(starts) + T
+        self.level = min(starts) == max(starts)  # all rows at the same place
+        self._reach: dict[int, tuple[int, Tensor | None]] = {}
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each new token: (B, T)."""
+        return torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(self.T, device=self.device)
+
+    def reach(self, left: int, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+        """First position that any new token sees, and what to add to the scores from there on to the end.
+
+        That is (B, 1, T, S), or None if every token sees all of it.
+        """
+        if left not in self._reach:
+            first = max(0, min(self.starts) - left) if left >= 0 else 0
+            mask = None
+            if not (self.level and self.T == 1):
+                distance = self.positions[:, :, None] - torch.arange(first, self.end, device=self.device)  # (B, T, S)
+                hidden = (distance < 0) | (distance > left) if left >= 0 else distance < 0
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+                mask = mask[:, None]
+            self._reach[left] = first, mask
+        return self._reach[left]
 
 
 def windows_of(config: ModelConfig) -> list[int]:
@@ -65,13 +96,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     if q.device.type == "cpu":
         return BlockAttention.apply(q, k, v, left)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-    if left < 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
     group = q.size(1) // k.size(1)
-    if group > 1:  # the kernels that take a mask take no groups
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    mask = window_mask(T, T, left, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if left < 0:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    else:
+        if group > 1:  # the kernels that take a mask take no groups
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(T, T, left, q.device))
+    return y.transpose(1, 2)
 
 
 @lru_cache(maxsize=64)
@@ -92,30 +124,33 @@ def _additive_mask(n_queries: int, n_keys: int, left: int, group: int, dtype: to
 class BlockAttention(Function):
     """Attention on a CPU: blocks of queries, each against the keys that its window reaches.
 
-    Much faster than torch's own CPU kernel, which computes what a mask hides. The backward pass computes the
-    probabilities again, so no scores are kept.
+    Much faster than torch's own CPU kernel, which computes what a mask hides and all probabilities twice. Those are
+    kept for the backward pass here.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
-        ctx.left = left
-        ctx.save_for_backward(q, k, v)
         keys, values = _by_kv_head(k), _by_kv_head(v)
         y = torch.empty_like(q)
+        probabilities = []
         for rows, cols in _blocks(q.size(1), left):
             p = _block_probabilities(_group(q[:, rows], k), keys[:, cols], rows.stop - rows.start, left)
             _store(y[:, rows], k, torch.bmm(p, values[:, cols]))
+            if any(ctx.needs_input_grad):
+                probabilities.append(p)
+        ctx.left = left
+        ctx.save_for_backward(q, k, v, *probabilities)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *probabilities = ctx.saved_tensors
         keys, values = _by_kv_head(k), _by_kv_head(v)
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(keys, dtype=wide_dtype(k.dtype)) for _ in "kv")
-        for rows, cols in _blocks(q.size(1), ctx.left):
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(keys, dtype=wide_dtype(k.dtype)) for _ in "kv")
+        for (rows, cols), p in zip(_blocks(q.size(1), ctx.left), probabilities, strict=True):
             queries, dy_block = _group(q[:, rows], k), _group(dy[:, rows], k)
-            p = _block_probabilities(queries, keys[:, cols], rows.stop - rows.start, ctx.left)
             dp = torch.bmm(dy_block, values[:, cols].transpose(1, 2))  # (B * K, G * rows, cols)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             _store(dq[:, rows], k, torch.bmm(ds, keys[:, cols]))
@@ -164,16 +199,25 @@ def _store(target: Tensor, k: Tensor, x: Tensor) -> None:
     target.view(B, n, K, H // K, D).copy_(x.view(B, K, H // K, n, D).permute(0, 3, 1, 2, 4))
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, left: int, lengths: list[int]) -> Tensor:
-    """Causal attention of T new queries per row at positions lengths[row] on; k, v (B, S, K, D) include the new ones."""
-    T, S = q.size(1), k.size(1)
-    start = torch.tensor(lengths, device=q.device)
-    p = start[:, None, None] + torch.arange(T, device=q.device)[:, None]  # (B, T, 1)
-    distance = p - torch.arange(S, device=q.device)  # (B, T, S)
-    mask = distance >= 0
-    if left >= 0:
-        mask &= distance <= left
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None], enable_gqa=True
-    )
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, left: int, span: Span) -> Tensor:
+    """Causal attention of the new queries q (B, T, H, D); k, v (B, S, K, D) hold all positions up to the new ones."""
+    if span.end == span.T:
+        return attend(q, k, v, left)
+    first, mask = span.reach(left, q.dtype)
+    k, v = k[:, first:], v[:, first:]
+    if span.T == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
+        return _attend_one(q, k, v, mask)  # torch's CPU kernel is slow for single queries in bf16
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query per row: q (B, 1, H, D), k and v (B, S, K, D) that lie in memory as (B, K, S, D)."""
+    B, S, K, D = k.shape
+    keys, values = k.transpose(1, 2).view(B * K, S, D), v.transpose(1, 2).view(B * K, S, D)
+    queries = q.view(B * K, -1, D)  # (B * K, G, D)
+    scores = torch.bmm(keys, queries.transpose(1, 2)).mul_(D**-0.5).transpose(1, 2)  # (B * K, G, S)
+    if mask is not None:
+        scores.view(B, -1, 1, S).add_(mask)
+    return torch.bmm(torch.softmax(scores, dim=-1), values).view(q.shape)

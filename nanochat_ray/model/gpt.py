@@ -12,19 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.model.attention import Cache, attend, attend_cached, rotary_tables, windows_of
-from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu
+from nanochat_ray.model.attention import Cache, Span, attend, attend_cached, rotary_tables, windows_of
+from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu, wide
+
+
+Rotary = tuple[Tensor, Tensor]
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x."""
+    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x.
+
+    Without gradients the cast is kept until the weight changes. Torch's version counter tells, which writing through
+    `.data` does not move: write under `torch.no_grad()` instead.
+    """
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self._cast: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._cast = None
+            return F.linear(x, self.weight.to(x.dtype))
+        state = self.weight.data_ptr(), self.weight._version
+        if self._cast is None or self._cast[0] != state or self._cast[1].dtype != x.dtype:
+            self._cast = state, self.weight.to(x.dtype)
+        return F.linear(x, self._cast[1])
 
 
 class Table(nn.Module):
@@ -51,7 +67,7 @@ class Attention(nn.Module):
         if has_value_embed(config, layer):
             self.ve_gate = Linear(config.value_gate_channels, config.n_kv_head)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, span: Span, cache: Cache | None) -> Tensor:
         c = self.config
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
@@ -65,7 +81,7 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, self.left)
         else:
-            y = attend_cached(q, *cache.write(self.layer, k, v), self.left, cache.lengths)
+            y = attend_cached(q, *cache.write(self.layer, k, v, span), self.left, span)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -86,8 +102,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, cache)
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, span: Span, cache: Cache | None) -> Tensor:
+        x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, span, cache)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -197,18 +213,17 @@ class GPT(nn.Module):
         """
         c = self.config
         B, T = idx.shape
-        starts = [0] if cache is None else cache.lengths
-        if max(starts) + T > self.cos.size(0):
-            raise ValueError(f"{max(starts) + T} positions are more than the {self.cos.size(0)} of the rotary table")
-        positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(T, device=idx.device)  # (B or 1, T)
-        rotary = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        span = Span(cache.lengths if cache else [0], T, idx.device)
+        if span.end > len(self.cos):
+            raise ValueError(f"{span.end} positions are more than the {len(self.cos)} of the rotary table")
+        rotary = self.rotary(span)
 
         e = self.embed(idx)  # (B, T, C)
         if cache is None:
             before = F.pad(e[:, :-1], (0, 0, 1, 0))
         else:
-            started = torch.tensor([float(n > 0) for n in cache.lengths], device=e.device, dtype=e.dtype)
-            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started[:, None, None], e[:, :-1]], dim=1)
+            started = torch.tensor([[[float(n > 0)]] for n in cache.lengths], device=e.device, dtype=e.dtype)
+            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started, e[:, :-1]], dim=1)
         gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., : c.smear_channels]))  # (B, T, 1)
         x = x0 = e + gate * before
 
@@ -217,7 +232,7 @@ class GPT(nn.Module):
             x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
             table = self.value_embeds[str(i)] if has_value_embed(c, i) else None
             value_embed = table(idx).to(e.dtype) if table is not None else None
-            x = block(x, value_embed, rotary, cache)
+            x = block(x, value_embed, rotary, span, cache)
             if i == c.n_layer // 2:
                 middle = x
         x = rms_norm(mix(x, middle, torch.ones_like(self.backout_lambda), -self.backout_lambda), c.norm_eps)
@@ -236,6 +251,13 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor) -> Tensor:
         """Normalised token embedding (B, T, C) in the compute dtype."""
         return rms_norm(self.transformer.wte(idx).to(self.compute_dtype), self.config.norm_eps)
+
+    def rotary(self, span: Span) -> Rotary:
+        """Tables (cos, cos) and (sin, -sin) at the positions of the span, each (B or 1, T, 1, D) in fp32."""
+        at = slice(span.end - span.T, span.end) if span.level else span.positions
+        cos, sin = wide(self.cos[at]), wide(self.sin[at])  # (T, D/2) or (B, T, D/2)
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
+        return cos.view(-1, span.T, 1, cos.size(-1)), sin.view(-1, span.T, 1, sin.size(-1))
 
     def logits(self, x: Tensor) -> Tensor:
         """Soft-capped logits (..., V) in fp32 of the normalised stream."""

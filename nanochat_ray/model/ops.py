@@ -63,22 +63,12 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return RMSNorm.apply(x, eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor) -> Tensor:
-    """Turn the two halves of the last dimension by minus the angle, times a factor per row."""
-    half = x.size(-1) // 2
-    x = x * factor
-    x1, x2 = x[..., :half], x[..., half:]
-    y = torch.empty_like(x)
-    torch.mul(x1, cos, out=y[..., :half]).addcmul_(x2, sin)
-    torch.mul(x2, cos, out=y[..., half:]).addcmul_(x1, sin, value=-1)
-    return y
-
-
 class RotateAndNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: float) -> Tensor:
-        r = inverse_rms(x, eps)  # a rotation keeps the length, so this may come first
-        y = _rotate(wide(x), cos, sin, r * scale).to(x.dtype)
+        r = inverse_rms(x, eps)  # a rotation keeps the length, so the norm may be taken before it
+        swapped = x.roll(x.size(-1) // 2, dims=-1)
+        y = (wide(x) * cos).addcmul_(wide(swapped), sin).mul_(r * scale).to(x.dtype)
         ctx.save_for_backward(y, r, cos, sin)
         ctx.scale = scale
         return y
@@ -87,14 +77,16 @@ class RotateAndNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         y, r, cos, sin = ctx.saved_tensors
-        rotated = _through_norm(wide(dy), wide(y), ctx.scale)
-        return _rotate(rotated, cos, -sin, r).to(y.dtype), None, None, None, None
+        turned = _through_norm(wide(dy), wide(y), ctx.scale)
+        swapped = turned.roll(turned.size(-1) // 2, dims=-1)
+        return turned.mul_(cos).addcmul_(swapped, sin, value=-1).mul_(r).to(y.dtype), None, None, None, None
 
 
 def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: float) -> Tensor:
-    """Rotary position, then norm per head, then times `scale`: x (B, T, heads, D); cos, sin (B or 1, T, 1, D/2).
+    """Rotary position, then norm per head, then times `scale`: x (B, T, heads, D); cos, sin (B or 1, T, 1, D) fp32.
 
-    RoPE: arXiv:2104.09864. Norm of queries and keys: arXiv:2010.04245.
+    With the halves (x1, x2) of a head the rotation gives (x1 cos + x2 sin, x2 cos - x1 sin); the tables hold (cos, cos)
+    and (sin, -sin). RoPE: arXiv:2104.09864. Norm of queries and keys: arXiv:2010.04245.
     """
     return RotateAndNorm.apply(x, cos, sin, scale, eps)
 
@@ -205,7 +197,7 @@ def _row_chunks(x: Tensor, vocab: int) -> Iterator[slice]:
 
 
 def _probabilities(x: Tensor, w: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities (n, V), sigmoids that the cap is made of (n, V), target ids (n, 1), 1 where there is a target (n,)."""
+    """Probabilities (n, V), the sigmoids that the cap is made of (n, V), target ids (n, 1), 1 if there is a target (n,)."""
     s = torch.sigmoid(wide(x @ w.t()).mul_(2 / cap))  # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap
     p = torch.softmax(s * (2 * cap), dim=-1)  # a constant taken off all logits changes nothing
     return p, s, targets.clamp(min=0)[:, None], (targets >= 0).to(p.dtype)
