@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -92,7 +93,10 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=desc, unit="step", file=self._stream, dynamic_ncols=True)
+            size: dict[str, Any] = {"dynamic_ncols": True}
+            if not _knows_its_size(self._stream):  # tqdm hides the bar of a terminal of 0 lines
+                size = {"ncols": 100, "nrows": 24}
+            self._bar = tqdm(total=total, desc=desc, unit="step", file=self._stream, **size)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the news of one step: a training step, or else evaluation numbers and samples."""
@@ -157,3 +161,12 @@ class Progress:
             return
         self._last_line_s, self._pending = now, None
         self.write(line)
+
+
+def _knows_its_size(terminal: TextIO) -> bool:
+    """Whether a terminal says how large it is; those of containers and pipes often say 0."""
+    try:
+        columns, lines = os.get_terminal_size(terminal.fileno())
+    except (OSError, ValueError):
+        return False
+    return columns > 0 and lines > 0

@@ -1,4 +1,6 @@
 import io
+import os
+import pty
 
 import pytest
 
@@ -97,3 +99,13 @@ def test_a_terminal_gets_one_bar():
     text = stream.getvalue()
     assert "pretrain: 100%" in text and "20/20" in text and "Validation bpb: 0.500000" in text and "loss=3.1235" in text
     assert "step 00" not in text.replace("step 00020 | Validation", "")
+
+
+def test_a_real_terminal_that_does_not_know_its_size_gets_the_bar_too():
+    reader, writer = pty.openpty()
+    with open(writer, "w") as stream, Progress(20, "sft", stream=stream) as progress:
+        for step in range(20):
+            progress.update(step, METRICS)
+        progress.close()
+        assert b"20/20" in os.read(reader, 100_000)
+    os.close(reader)
