@@ -134,7 +134,9 @@ class Job:
         self.run_dir.finish_stage(name)
         logger.info("%s: done in %.0f s", name, record().seconds)
 
-    def wait_for(self, stage: str, work: Callable[[], dict[str, Any]], total: int | None) -> dict[str, Any]:
+    def wait_for(
+        self, stage: str, work: Callable[[], dict[str, Any]], total_steps: int | None, epochs: float = 1.0
+    ) -> dict[str, Any]:
         """Run a training stage in a thread while this one shows progress and turns signals into a request to stop."""
         folder = self.run_dir.stage(stage)
         outcome: dict[str, Any] = {}
@@ -146,7 +148,7 @@ class Job:
                 outcome["error"] = error
 
         thread = threading.Thread(target=run, name=f"stage-{stage}", daemon=True)
-        progress = Progress(total, desc=stage)
+        progress = Progress(total_steps, stage, epochs)
         with self.signals_request_stop(folder):
             thread.start()
             for record in follow(folder / METRICS_FILE, thread.is_alive):
@@ -213,14 +215,14 @@ def ray_cluster(workers: int) -> Iterator[None]:
 
     A cluster that merely runs on this machine is somebody else's and is never joined.
     """
-    import ray
-
     if os.environ.get("RAY_ADDRESS"):
         connect()
     else:
-        set_ray_defaults()
+        set_ray_defaults()  # before the import, which reads the authentication mode
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone; nothing is left in ~/.ray
+        import ray
+
         cpus = max(os.cpu_count() or 1, workers + SPARE_CPUS)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)
@@ -228,18 +230,20 @@ def ray_cluster(workers: int) -> Iterator[None]:
     try:
         yield
     finally:
+        import ray
+
         ray.shutdown()
 
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, once."""
+    set_ray_defaults()
+    if "RAY_AUTH_MODE" not in os.environ and has_ray_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
     if ray.is_initialized():
         return
-    set_ray_defaults()
-    if "RAY_AUTH_MODE" not in os.environ and has_ray_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(log_to_driver=False, logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: joined %s with %g CPUs, %g GPUs", os.environ["RAY_ADDRESS"],

@@ -37,7 +37,7 @@ def train(
         def work() -> dict[str, Any]:
             return train_here(job, stage, rows, rows_per_step)
 
-    return job.wait_for(stage.stage_folder.name, work, total_steps)
+    return job.wait_for(stage.stage_folder.name, work, total_steps, float(rows.epochs or 1))
 
 
 def train_here(job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_step: int) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from nanochat_ray.stages.step import micro_batches
 from nanochat_ray.tasks.catalog import CHAT_TASKS
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
 from nanochat_ray.tasks.task import Task
-from nanochat_ray.tasks.world import WorldQuestions
 from nanochat_ray.text.tokenizer import Tokenizer
 
 # the subjects of nanochat's seven prompts
@@ -163,6 +162,8 @@ def chat_task(name: str, sources: TaskSources, world_folder: Path | None = None)
     """A chat task by name; TaskDataMissing if its data cannot be had or it cannot run here."""
     if name == HELD_OUT:
         assert world_folder is not None
+        from nanochat_ray.tasks.world import WorldQuestions
+
         return WorldQuestions(world_folder)
     if name in NEEDS_SANDBOX:
         raise TaskDataMissing(NEEDS_SANDBOX[name])

@@ -18,6 +18,7 @@ from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.precision import pick_dtype
 from nanochat_ray.model.scaling import Plan, peak_flops, plan_training
 from nanochat_ray.model.schedule import lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.evaluation import core_in_loop, sample_completions
 from nanochat_ray.stages.hooks import Hooks, OpenBatches, TrainingState
@@ -29,7 +30,6 @@ from nanochat_ray.stages.step import (
     accumulate_gradients,
     agree,
     count_targets,
-    peak_memory_bytes,
     validation_bpb,
 )
 from nanochat_ray.text.tokenizer import Tokenizer

@@ -17,6 +17,7 @@ from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.precision import pick_dtype
 from nanochat_ray.model.scaling import flops_per_token, peak_flops
 from nanochat_ray.model.schedule import sft_lr_multiplier, sft_muon_momentum
+from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.evaluation import ChatTasks, chatcore_in_loop
 from nanochat_ray.stages.hooks import Hooks, OpenBatches, TrainingState
@@ -30,7 +31,6 @@ from nanochat_ray.stages.step import (
     accumulate_gradients,
     agree,
     count_targets,
-    peak_memory_bytes,
     validation_bpb,
 )
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ def run_loop(
                 "train/dt": seconds,
                 "train/tok_per_sec": int(n_tokens / seconds),
                 "train/mfu": 100 * flops * n_tokens / seconds / (peak * world.world_size),
-                "train/done_frac": schedule_progress(settings, state.step + 1, batch.progress),
+                "train/progress": batch.progress,
                 "train/supervised_tokens": n_targets,
                 "total_training_time": state.training_time_s,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WORKER_FAILURES = 3
 GROUP_TIMEOUT_S = 1800
+RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
@@ -74,7 +76,7 @@ def fit(
         ),
         run_config=RunConfig(
             name=f"{job.stage_folder.name}-{uuid.uuid4().hex[:8]}",  # fresh: our manifest is the truth, not Ray's
-            storage_path=str(job.stage_folder / "ray"),
+            storage_path=str(job.stage_folder / RAY_FOLDER),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
             worker_runtime_env={"env_vars": env},
         ),
@@ -83,6 +85,7 @@ def fit(
         return trainer.fit().return_value
     finally:
         ray.kill(dealer)
+        shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
