@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,3 +143,13 @@ def test_on_many_threads() -> None:
     expressions = [f"{a}*{b}" for a in range(40) for b in range(40)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(calculate, expressions)) == [str(a * b) for a in range(40) for b in range(40)]
+
+
+def test_memory_is_bounded_before_it_is_taken() -> None:
+    grow = f"'{'a' * 20}'.replace('a','{'b' * 500}').replace('b','{'c' * 400}').count('c')"  # 4 million characters
+    tracemalloc.start()
+    try:
+        assert calculate(grow) is None
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

@@ -71,7 +71,8 @@ class Counted:
     """A network that records the shape of each forward."""
 
     def __init__(self, model: GPT) -> None:
-        self.model, self.shapes = model, []
+        self.model = model
+        self.shapes: list[tuple[int, ...]] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
