@@ -190,7 +190,8 @@ def find_machine() -> Machine:
 
         connect()
         resources = ray.cluster_resources()
-        kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+        prefix = "accelerator_type:"
+        kinds = sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix))
         return Machine(int(resources.get("GPU", 0)), ", ".join(kinds), int(resources.get("CPU", 0)), "in the cluster")
     gpus = torch.cuda.device_count()
     return Machine(gpus, torch.cuda.get_device_name() if gpus else "", os.cpu_count() or 1, "here")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _runtime import Job, Notes, main, open_job
 
 from nanochat_ray.config import BaseEvalSettings, RunSettings
 from nanochat_ray.corpus.reader import DataManifest
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import find_model_tag, storage_path, write_atomic
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import existing_run, storage_path, write_atomic
+
+if TYPE_CHECKING:
+    from nanochat_ray.metrics.core import CoreRecord
+    from nanochat_ray.stages.evaluation import EvalSpec, Nats, Unit
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -18,12 +24,11 @@ ITEMS_PER_UNIT = 40
 
 
 def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
-    from pathlib import Path
-
     from _evaluate import checkpoint_of, run_units
 
     from nanochat_ray.metrics.core_bundle import find_bundle
-    from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, free_samples, sample_completions
+    from nanochat_ray.report.records import Sample
+    from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit, EvalSpec, SampleUnit
     from nanochat_ray.tasks.rows import TaskDataMissing
 
     checkpoint = checkpoint_of(job, "base", settings.step)
@@ -32,7 +37,8 @@ def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
     if "core" in parts:
         try:
             named = job.settings.eval_bundle
-            bundle = find_bundle(Path(named).expanduser().absolute() if named else None, storage_path(job.settings.storage))
+            folder = Path(named).expanduser().absolute() if named else None
+            bundle = find_bundle(folder, storage_path(job.settings.storage))
         except TaskDataMissing as error:
             no_bundle = str(error)
     config = {
@@ -48,64 +54,71 @@ def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
             job.run_dir.checkpoints("pretrain"), checkpoint.step, job.run_dir.stage("tokenizer"), job.device,
             job.settings.dtype, job.task_sources(), bundle, manifest, device_batch_size=settings.device_batch_size,
         )
-        notes.metrics |= {"step": checkpoint.step}
+        units: list[Unit] = []
         if "bpb" in parts:
-            bits_per_byte(job, settings, spec, checkpoint.model_config.sequence_len, notes)
+            n_rows = max(1, settings.split_tokens // checkpoint.model_config.sequence_len)
+            units += [BpbUnit(split, n_rows, *span) for split in ("train", "val") for span in spans(n_rows)]
         if bundle:
-            core(job, settings, spec, notes)
+            units += core_units(bundle, settings.max_per_task)
         elif no_bundle:
             notes.skip("CORE", no_bundle)
         if "sample" in parts:
-            from nanochat_ray.report.records import Sample
-
-            evaluator = Evaluator(spec)
-            for sample in sample_completions(evaluator.model, evaluator.tokenizer) + free_samples(
-                evaluator.model, evaluator.tokenizer
-            ):
-                notes.samples.append(Sample(**sample))
-
-
-def bits_per_byte(job: Job, settings: BaseEvalSettings, spec, sequence_len: int, notes: Notes) -> None:
-    from _evaluate import run_units
-
-    from nanochat_ray.metrics.bits_per_byte import bits_per_byte as ratio
-    from nanochat_ray.stages.evaluation import BpbUnit, Evaluator
-    from nanochat_ray.stages.pretrain import bpb_convention
-
-    wanted = max(1, settings.split_tokens // sequence_len)
-    evaluator = Evaluator(spec)
-    for split in ("train", "val"):
-        n_rows = len(evaluator.split_rows(split, wanted))
-        units = [
-            BpbUnit(split, wanted, start, min(start + ROWS_PER_UNIT, n_rows)) for start in range(0, n_rows, ROWS_PER_UNIT)
-        ]
-        sums = [record for records in run_units(job, spec, units) for record in records]
-        bpb = ratio(sum(part.nats for part in sums), sum(part.bytes for part in sums))
-        logger.info("base_eval: %s bpb %.4f over %d rows of %d tokens", split, bpb, n_rows, sequence_len)
-        notes.metrics |= {
-            f"{split}/bpb": bpb,
-            f"{split}/convention": bpb_convention(n_rows, sequence_len, str(evaluator.model.compute_dtype)),
-        }
-    notes.metrics["train/note"] = "first training documents; tokenizer and model have seen them"
+            units.append(SampleUnit())
+        found = list(zip(units, run_units(job, spec, units), strict=True))
+        notes.metrics |= {"step": checkpoint.step}
+        for split in ("train", "val") if "bpb" in parts else ():
+            sums = [r for unit, part in found for r in part if isinstance(unit, BpbUnit) and unit.split == split]
+            note_bpb(split, sums, checkpoint.model_config.sequence_len, dtype_name(spec), notes)
+        if bundle:
+            note_core(job, bundle, [r for unit, part in found if isinstance(unit, CoreUnit) for r in part], notes)
+        notes.samples += [Sample(**r) for unit, part in found if isinstance(unit, SampleUnit) for r in part]
 
 
-def core(job: Job, settings: BaseEvalSettings, spec, notes: Notes) -> None:
-    from _evaluate import run_units
+def spans(n_rows: int) -> list[tuple[int, int]]:
+    """The rows of a split in units."""
+    return [(start, min(start + ROWS_PER_UNIT, n_rows)) for start in range(0, n_rows, ROWS_PER_UNIT)]
 
-    from nanochat_ray.metrics.core import core_metric, merge
+
+def core_units(bundle: Path, max_per_task: int | None) -> list[Unit]:
+    """The items of all CORE tasks in units."""
     from nanochat_ray.metrics.core_bundle import load_bundle, load_items
-    from nanochat_ray.report.records import Table
     from nanochat_ray.stages.evaluation import CoreUnit, cut
 
-    bundle = load_bundle(spec.bundle)
+    return [
+        CoreUnit(task.label, indices, max_per_task)
+        for task in load_bundle(bundle).tasks
+        for indices in cut(range(len(load_items(task)[:max_per_task])), ITEMS_PER_UNIT)
+    ]
+
+
+def dtype_name(spec: EvalSpec) -> str:
+    from nanochat_ray.model.precision import pick_dtype
+
+    return str(pick_dtype(spec.device, spec.dtype)[0])
+
+
+def note_bpb(split: str, sums: list[Nats], sequence_len: int, dtype: str, notes: Notes) -> None:
+    """Bits per byte of a split, with what the number depends on."""
+    from nanochat_ray.metrics.bits_per_byte import bits_per_byte
+    from nanochat_ray.stages.pretrain import bpb_convention
+
+    bpb = bits_per_byte(sum(part.nats for part in sums), sum(part.bytes for part in sums))
+    n_rows = sum(part.rows for part in sums)
+    logger.info("base_eval: %s bpb %.4f over %d rows of %d tokens", split, bpb, n_rows, sequence_len)
+    notes.metrics |= {f"{split}/bpb": bpb, f"{split}/convention": bpb_convention(n_rows, sequence_len, dtype)}
+    if split == "train":
+        notes.metrics["train/note"] = "the first training documents; tokenizer and model have seen them"
+
+
+def note_core(job: Job, folder: Path, records: list[CoreRecord], notes: Notes) -> None:
+    """The CORE metric, its table, and nanochat's CSV."""
+    from nanochat_ray.metrics.core import core_metric, merge
+    from nanochat_ray.metrics.core_bundle import load_bundle
+    from nanochat_ray.report.records import Table
+
+    bundle = load_bundle(folder)
     for label, reason in bundle.skipped.items():
         notes.skip(f"CORE task {label}", reason)
-    units = [
-        CoreUnit(task.label, indices, settings.max_per_task)
-        for task in bundle.tasks
-        for indices in cut(range(len(load_items(task)[: settings.max_per_task])), ITEMS_PER_UNIT)
-    ]
-    records = [record for records in run_units(job, spec, units) for record in records]
     results = [merge(task, [record for record in records if record.task == task.label]) for task in bundle.tasks]
     score = core_metric(results)
     logger.info("base_eval: %s %.4f", score.name, score.value)
@@ -122,12 +135,12 @@ def core(job: Job, settings: BaseEvalSettings, spec, notes: Notes) -> None:
 
 
 def cli() -> None:
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("base_eval", BaseEvalSettings())])
-    settings = found["run"]
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("base_eval", BaseEvalSettings())])
+    settings = flags.settings(RunSettings)
     from _data import pin_data
 
-    with open_job(settings, settings.model_tag or find_model_tag(storage_path(settings.storage))) as job:
-        run(job, found["base_eval"], pin_data(settings, job.run_dir, job.device))
+    with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
+        run(job, flags.settings(BaseEvalSettings), pin_data(settings, job.run_dir, job.device))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import sys
 from _runtime import main
 
 from nanochat_ray.config import ChatSettings, RunSettings
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import STAGE_OF_SOURCE, RunDir, find_model_tag, storage_path
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import STAGE_OF_SOURCE, RunDir, existing_run
 
 
 def cli() -> None:
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("chat", ChatSettings())])
-    settings, chat = found["run"], found["chat"]
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("chat", ChatSettings())])
+    settings, chat = flags.settings(RunSettings), flags.settings(ChatSettings)
 
     from nanochat_ray.engine.chat import ChatSession, chat_loop
     from nanochat_ray.engine.engine import Engine
@@ -21,8 +21,7 @@ def cli() -> None:
     from nanochat_ray.model.precision import pick_device, pick_dtype
     from nanochat_ray.text.tokenizer import Tokenizer
 
-    storage = storage_path(settings.storage)
-    run_dir = RunDir(storage / (settings.model_tag or find_model_tag(storage)))
+    run_dir = RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag))
     tokenizer = Tokenizer.load(run_dir.require_stage("tokenizer", "tok_train.py"))
     checkpoint = resolve_checkpoint(run_dir.checkpoints(STAGE_OF_SOURCE[chat.source]), chat.step)
     device = pick_device(settings.device_type)
@@ -34,7 +33,8 @@ def cli() -> None:
             print(piece, end="", flush=True)
         print()
         return
-    print(f"{run_dir.root.name} ({chat.source}, step {checkpoint.step}). quit leaves, clear starts anew, Ctrl-C stops a reply.")
+    print(f"{run_dir.root.name} ({chat.source}, step {checkpoint.step})")
+    print("quit leaves, clear starts anew, Ctrl-C stops a reply.")
     chat_loop(session, read_line, write)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from _runtime import Job, Notes, main, open_job
 
 from nanochat_ray.config import ChatEvalSettings, RunSettings
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import find_model_tag, storage_path, write_atomic
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import existing_run, write_atomic
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -86,7 +86,8 @@ def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -
         notes.metrics["heldout/all but the hard family"] = sum(usual) / max(1, len(usual))
         notes.metrics |= {f"heldout/{family}": sum(rights) / len(rights) for family, rights in families.items()}
         notes.tables["Held-out questions by family"] = Table(
-            ["family", "right", "asked"], [[name, sum(rights), len(rights)] for name, rights in sorted(families.items())]
+            ["family", "right", "asked"],
+            [[name, sum(rights), len(rights)] for name, rights in sorted(families.items())],
         )
         for family, rights in sorted(families.items()):
             logger.info("chat_eval: %s %d of %d", family, sum(rights), len(rights))
@@ -94,12 +95,12 @@ def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -
 
 
 def cli() -> None:
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("chat_eval", ChatEvalSettings())])
-    settings = found["run"]
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("chat_eval", ChatEvalSettings())])
+    settings = flags.settings(RunSettings)
     from _data import pinned_world
 
-    with open_job(settings, settings.model_tag or find_model_tag(storage_path(settings.storage))) as job:
-        run(job, found["chat_eval"], pinned_world(job.run_dir, settings.storage))
+    with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
+        run(job, flags.settings(ChatEvalSettings), pinned_world(job.run_dir, settings.storage))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from _runtime import Job, main, open_job
 
 from nanochat_ray.config import PretrainSettings, RunSettings
 from nanochat_ray.corpus.reader import DataManifest
-from nanochat_ray.flags import Section, parse_args
+from nanochat_ray.flags import Section, read_flags
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -57,10 +57,10 @@ def eval_bundle(job: Job) -> Path | None:
 
 
 def cli() -> None:
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("pretrain", PretrainSettings())])
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("pretrain", PretrainSettings())])
     from _data import pin_data
 
-    settings, pretrain_settings = found["run"], found["pretrain"]
+    settings, pretrain_settings = flags.settings(RunSettings), flags.settings(PretrainSettings)
     with open_job(settings, settings.model_tag or f"d{pretrain_settings.depth}") as job:
         run(job, pretrain_settings, pin_data(settings, job.run_dir, job.device))
 

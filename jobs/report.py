@@ -7,8 +7,8 @@ from pathlib import Path
 from _runtime import Job, main, open_job
 
 from nanochat_ray.config import RunSettings
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import find_model_tag, storage_path
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import existing_run
 
 
 def run(job: Job) -> Path:
@@ -19,8 +19,8 @@ def run(job: Job) -> Path:
 
 
 def cli() -> None:
-    settings = parse_args(__doc__, [Section("run", RunSettings())])["run"]
-    with open_job(settings, settings.model_tag or find_model_tag(storage_path(settings.storage))) as job:
+    settings = read_flags(__doc__ or "", [Section("run", RunSettings())]).settings(RunSettings)
+    with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
         print(run(job))
 
 

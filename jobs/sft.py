@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from _runtime import Job, main, open_job
 
 from nanochat_ray.config import RunSettings, SFTSettings
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import find_model_tag, storage_path
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import existing_run
 
 if TYPE_CHECKING:
     from nanochat_ray.tasks.catalog import Split
@@ -38,7 +38,8 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
     resolved, inherited = inherit(settings, base)
 
     tokenizer = Tokenizer.load(tokenizer_folder)
-    sources, missing = job.task_sources(), []
+    sources = job.task_sources()
+    missing: list[tuple[str, str]] = []
     if resolved.mixture:
         train_specs = val_specs = list(resolved.mixture)
     elif world_folder:
@@ -99,13 +100,13 @@ def available(specs: Sequence[str], split: Split, sources: TaskSources) -> tuple
 
 
 def cli() -> None:
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("sft", SFTSettings())])
-    settings = found["run"]
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("sft", SFTSettings())])
+    settings = flags.settings(RunSettings)
     from _data import pinned_world
 
-    tag = settings.model_tag or find_model_tag(storage_path(settings.storage))
+    tag = existing_run(settings.storage, settings.model_tag)
     with open_job(settings, tag) as job:
-        run(job, found["sft"], pinned_world(job.run_dir, settings.storage))
+        run(job, flags.settings(SFTSettings), pinned_world(job.run_dir, settings.storage))
 
 
 if __name__ == "__main__":

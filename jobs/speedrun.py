@@ -90,7 +90,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 
 def cli() -> None:
-    flags = read_flags(__doc__, SECTIONS, extra=add_preset)
+    flags = read_flags(__doc__ or "", SECTIONS, extra=add_preset)
     settings, line = settings_from(flags, find_machine())
     print(line, flush=True)
     speedrun(settings)

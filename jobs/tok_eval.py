@@ -6,8 +6,8 @@ from _runtime import Job, main, open_job
 
 from nanochat_ray.config import RunSettings
 from nanochat_ray.corpus.reader import DataManifest, read_slices
-from nanochat_ray.flags import Section, parse_args
-from nanochat_ray.run_dir import find_model_tag, storage_path
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import existing_run
 from nanochat_ray.text.tokenizer import Tokenizer
 
 BASELINES = ("gpt2", "cl100k_base")
@@ -35,10 +35,10 @@ def run(job: Job, manifest: DataManifest) -> None:
 
 
 def cli() -> None:
-    settings = parse_args(__doc__, [Section("run", RunSettings())])["run"]
+    settings = read_flags(__doc__ or "", [Section("run", RunSettings())]).settings(RunSettings)
     from _data import pin_data
 
-    with open_job(settings, settings.model_tag or find_model_tag(storage_path(settings.storage))) as job:
+    with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
         run(job, pin_data(settings, job.run_dir, job.device))
 
 

@@ -8,7 +8,7 @@ from _runtime import Job, main, open_job
 
 from nanochat_ray.config import RunSettings, TokenizerSettings
 from nanochat_ray.corpus.reader import DataManifest, iter_documents
-from nanochat_ray.flags import Section, parse_args
+from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import DONE_FILE
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer, training_texts
 
@@ -19,8 +19,8 @@ def run(job: Job, settings: TokenizerSettings, manifest: DataManifest) -> Tokeni
         if notes is None:
             return Tokenizer.load(folder)
         begun = time.monotonic()
-        documents = iter_documents(manifest, "train")
-        tokenizer = Tokenizer.train(training_texts(documents, settings.max_chars, settings.doc_cap), settings.vocab_size)
+        texts = training_texts(iter_documents(manifest, "train"), settings.max_chars, settings.doc_cap)
+        tokenizer = Tokenizer.train(texts, settings.vocab_size)
         tokenizer.save(folder)
         sizes = tokenizer.token_bytes()
         sizes = sizes[sizes > 0]
@@ -41,10 +41,10 @@ def run(job: Job, settings: TokenizerSettings, manifest: DataManifest) -> Tokeni
 def cli() -> None:
     from _data import pin_data
 
-    found = parse_args(__doc__, [Section("run", RunSettings()), Section("tokenizer", TokenizerSettings())])
-    settings = found["run"]
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("tokenizer", TokenizerSettings())])
+    settings = flags.settings(RunSettings)
     with open_job(settings, settings.model_tag or "default") as job:
-        run(job, found["tokenizer"], pin_data(settings, job.run_dir, job.device))
+        run(job, flags.settings(TokenizerSettings), pin_data(settings, job.run_dir, job.device))
 
 
 if __name__ == "__main__":

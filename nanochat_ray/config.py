@@ -37,7 +37,7 @@ def config_hash(values: Any) -> str:
 
 
 class ModelConfig(Settings):
-    """The network. The constants of the architecture are saved with it, so an old checkpoint never loads with new maths."""
+    """The network. Its constants are saved with it, so an old checkpoint never loads with new maths."""
 
     sequence_len: int = Field(2048, ge=1, description="context length in tokens; the windows derive from it")
     vocab_size: int = Field(32768, ge=1)
@@ -97,7 +97,7 @@ class PretrainSettings(Settings):
     head_dim: int = Field(128, ge=2, description="channels per attention head")
     max_seq_len: int = Field(2048, ge=2, description="context length in tokens")
     window_pattern: str = Field("SSSL", description="S short, L full window, tiled over the layers")
-    num_iterations: int | None = Field(None, gt=0, description="optimizer steps; first of the three horizons that is set")
+    num_iterations: int | None = Field(None, gt=0, description="optimizer steps; the first horizon of three")
     target_flops: float | None = Field(None, gt=0, description="training FLOPs to spend")
     target_param_data_ratio: float | None = Field(12.0, gt=0, description="tokens per scaling parameter")
     device_batch_size: int = Field(32, ge=1, description="rows per worker and micro-step", json_schema_extra=RUN_ONLY)
@@ -116,7 +116,7 @@ class PretrainSettings(Settings):
     compile: bool | None = Field(None, description="torch.compile; unset: on CUDA only", json_schema_extra=RUN_ONLY)
     seed: int = Field(42, description="of the initial weights and the data order")
     resume_from_step: int | None = Field(
-        None, ge=0, description="go back to this checkpoint; unset: the newest that verifies", json_schema_extra=RUN_ONLY
+        None, ge=0, description="checkpoint to go on from; unset: the newest that verifies", json_schema_extra=RUN_ONLY
     )
     eval_every: int | None = Field(250, gt=0, description="steps between bits-per-byte evaluations")
     eval_tokens: int = Field(80 * EVAL_TOKENS_UNIT, gt=0, description="validation tokens, rounded down to whole rows")
@@ -209,6 +209,17 @@ class SFTSettings(Settings):
     )
 
 
+class ResolvedSFTSettings(SFTSettings):
+    """Finetuning settings with nothing left to inherit."""
+
+    max_seq_len: int
+    device_batch_size: int = Field(json_schema_extra=RUN_ONLY)
+    total_batch_size: int
+    embedding_lr: float
+    unembedding_lr: float
+    matrix_lr: float
+
+
 class ChatEvalSettings(Settings):
     """Evaluation of a chat model; nanochat's chat_eval."""
 
@@ -255,14 +266,14 @@ class RunSettings(Settings):
     val_shard: str | None = Field(None, description="file name of the validation shard; unset: the last by name")
     text_column: str = "text"
     skip_corrupt: bool = Field(False, description="leave corrupt data shards out instead of stopping")
-    max_shards: int | None = Field(None, gt=0, description="training shards to use; unset: all, or what the horizon needs")
+    max_shards: int | None = Field(None, gt=0, description="training shards; unset: all, or what is needed")
     task_data: str | None = Field(None, description="folder of task data (gsm8k/, ...); unset: below the storage")
     eval_bundle: str | None = Field(None, description="folder of the CORE bundle; unset: below the storage")
     workers: int = Field(1, ge=1, description="training workers (ranks)")
     eval_workers: int | None = Field(None, ge=1, description="evaluation actors; unset: by hardware")
     ray: bool = Field(True, description="run on Ray; --no-ray: everything in this process")
     device_type: Literal["cpu", "cuda", "mps"] | None = Field(None, description="unset: what is there")
-    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute dtype; unset: by hardware")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute; unset: by hardware")
     price_per_hour: float | None = Field(None, ge=0, description="of the whole machine, for the report's cost")
 
 

@@ -59,7 +59,7 @@ def storage_path(storage: str | None) -> Path:
 
 
 def find_model_tag(storage: Path) -> str:
-    """The run to take when none is named: the largest d<depth>, the latest written among equals; else the latest run."""
+    """The run to take when none is named: the largest d<depth>, the latest among equals; else the latest run."""
     runs = [folder for folder in storage.iterdir() if (folder / LEASE_FILE).exists()] if storage.is_dir() else []
     if not runs:
         raise FileNotFoundError(f"no run in {storage}; train one first (python jobs/speedrun.py) or give --storage")
@@ -69,6 +69,17 @@ def find_model_tag(storage: Path) -> str:
         return (int(digits) if digits.isdigit() else -1, (folder / LEASE_FILE).stat().st_mtime)
 
     return max(runs, key=key).name
+
+
+def existing_run(storage: str | None, model_tag: str | None) -> str:
+    """The tag of a run that is there: the named one, else what `find_model_tag` takes. FileNotFoundError if none is."""
+    folder = storage_path(storage)
+    if model_tag is None:
+        return find_model_tag(folder)
+    if not (folder / model_tag / LEASE_FILE).exists():
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{LEASE_FILE}"))
+        raise FileNotFoundError(f"no run {model_tag!r} in {folder}; there are {', '.join(runs) or 'none'}")
+    return model_tag
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

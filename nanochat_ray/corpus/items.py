@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochat_ray.messages import Cursor, PackedRows
-from nanochat_ray.text.packing import PackCounts, RowBlock
+from nanochat_ray.text.packing import RowBlock
 
 INDEX_ITEM_SIZE = 1024  # mixture indices per SFT item, as many as documents in a row group of the published shards
 
@@ -76,7 +76,7 @@ def items_from(cursor: Cursor, sizes: int | Sequence[int], seed: int, epochs: in
         first = 0
 
 
-def row_block(rows: PackedRows, visit: Visit, first_row: int = 0, counts: PackCounts | None = None) -> RowBlock:
+def row_block(rows: PackedRows, visit: Visit, first_row: int = 0) -> RowBlock:
     """The packed rows of an item, from row `first_row` on, as a block of the stream."""
     n = len(rows)
     consumed = np.arange(1, n + 1) if rows.consumed is None else rows.consumed
@@ -85,4 +85,4 @@ def row_block(rows: PackedRows, visit: Visit, first_row: int = 0, counts: PackCo
     mask = None if rows.mask is None else rows.mask[first_row:]
     kept = PackedRows(rows.tokens[first_row:], mask)
     cursor = Cursor(visit.epoch, visit.position, min(first_row, n))
-    return RowBlock(kept, cursor, progress[first_row:], counts)
+    return RowBlock(kept, cursor, progress[first_row:])

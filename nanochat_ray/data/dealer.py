@@ -65,7 +65,8 @@ def packed_items(source: RowSource, cursor: Cursor, actors: int) -> Iterator[tup
                 compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered))),
             )
             given = 0  # visits of this batch given out so far
-            for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+            for block in blocks:
                 for number, rows in _by_item(block):
                     yield from ((barren, NO_ROWS) for barren in batch[given:number])
                     yield batch[number], rows
@@ -117,7 +118,7 @@ class RowDealer:
             if self._error:
                 raise self._error
             if not ready:
-                raise TimeoutError(f"no rows for step {step} within {WAIT_S:.0f} s; does the cluster have a CPU for data?")
+                raise TimeoutError(f"no rows for step {step} within {WAIT_S:.0f} s; has the cluster a CPU for data?")
             return None
 
     def _produce(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
@@ -151,13 +152,13 @@ class RowDealer:
 
 def start_dealer(source: RowSource, rows_per_step: int, world_size: int, actors: int) -> DealerHandle:
     """The dealer as an actor. It reserves no CPU: packing happens in Ray Data's own actors."""
-    actor_class: Any = ray.remote(num_cpus=0, max_concurrency=2 * world_size + 2)(RowDealer)
-    return actor_class.options(name=None).remote(source, rows_per_step, actors)
+    actor_class: Any = ray.remote(RowDealer)
+    return actor_class.options(num_cpus=0, max_concurrency=2 * world_size + 2).remote(source, rows_per_step, actors)
 
 
 def batches_from(dealer: DealerHandle, stream: str, step: int, rank: int) -> Iterator[PackedBatch]:
     """This rank's batches from a step on; the next one is on its way while one is in use."""
-    ahead = dealer.part.remote(stream, step, rank)
+    ahead: ray.ObjectRef = dealer.part.remote(stream, step, rank)
     while True:
         batch = ray.get(ahead)
         if batch is None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -18,7 +19,6 @@ MAX_TRIES = 3  # of one unit, when actors die under it
 START_TIMEOUT_S = 300.0
 
 
-@ray.remote
 class EvalActor(Evaluator):
     """An evaluator with the model loaded, in a process of its own."""
 
@@ -33,7 +33,8 @@ def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int =
     can be placed within START_TIMEOUT_S, and whatever a unit itself raises.
     """
     use_gpu = spec.device.startswith("cuda")
-    actor_class = EvalActor.options(
+    remote: Any = ray.remote(EvalActor)
+    actor_class = remote.options(
         num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     )
 

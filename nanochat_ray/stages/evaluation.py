@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ from nanochat_ray.metrics.chat_eval import (
     evaluate_generative,
     summarise,
 )
-from nanochat_ray.metrics.core import CoreRecord, core_metric, evaluate_task, merge
+from nanochat_ray.metrics.core import core_metric, evaluate_task, merge
 from nanochat_ray.metrics.core_bundle import CoreTask, load_bundle, load_items
 from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.model.gpt import GPT
@@ -63,7 +63,7 @@ class EvalSpec:
     tokenizer_folder: Path
     device: str
     dtype: str | None = None
-    sources: TaskSources = TaskSources()
+    sources: TaskSources = field(default_factory=TaskSources)
     bundle: Path | None = None
     manifest: DataManifest | None = None
     world_folder: Path | None = None
@@ -96,15 +96,21 @@ class BpbUnit:
 
 
 @dataclass(frozen=True)
+class SampleUnit:
+    """The fixed prompts, and text from nothing."""
+
+
+@dataclass(frozen=True)
 class Nats:
     """Loss and bytes of some rows, to be added up."""
 
+    rows: int
     nats: float
     bytes: int
 
 
-Unit: TypeAlias = CoreUnit | ChatUnit | BpbUnit
-Record: TypeAlias = CoreRecord | ChatRecord | Nats
+Unit: TypeAlias = CoreUnit | ChatUnit | BpbUnit | SampleUnit
+Record: TypeAlias = Any  # CoreRecord, ChatRecord, Nats or a sample
 RunUnits: TypeAlias = Callable[[EvalSpec, Sequence[Unit]], list[list[Record]]]
 
 
@@ -121,17 +127,19 @@ class Evaluator:
     def run(self, unit: Unit) -> list[Record]:
         if isinstance(unit, CoreUnit):
             assert self.spec.bundle is not None
-            task = core_tasks(self.spec.bundle)[unit.label]
-            return list(evaluate_task(self.model, self.tokenizer, task, unit.max_per_task, unit.indices))
+            core_task = core_tasks(self.spec.bundle)[unit.label]
+            return evaluate_task(self.model, self.tokenizer, core_task, unit.max_per_task, unit.indices)
         if isinstance(unit, ChatUnit):
             task = chat_task(unit.task, self.spec.sources, self.spec.world_folder)
-            return list(evaluate_chat(self.model, self.tokenizer, task, unit))
+            return evaluate_chat(self.model, self.tokenizer, task, unit)
+        if isinstance(unit, SampleUnit):
+            return sample_completions(self.model, self.tokenizer) + free_samples(self.model, self.tokenizer)
         rows = self.split_rows(unit.split, unit.n_rows)
         part = PackedRows(rows.tokens[unit.start : unit.stop])
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.spec.device)
         batches = micro_batches(part, self.spec.device_batch_size, self.spec.device)
         with torch.inference_mode():
-            return [Nats(*evaluate_bpb(self.model, batches, token_bytes))]
+            return [Nats(len(part), *evaluate_bpb(self.model, batches, token_bytes))]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one evaluator per process, which lives as long as it
     def split_rows(self, split: Split, n_rows: int) -> PackedRows:

@@ -45,7 +45,7 @@ class Hooks(Protocol):
 
 
 class FolderHooks:
-    """Hooks that write into the stage's folder: metrics.jsonl (and wandb) and checkpoints, guarded by the run's lease."""
+    """Hooks that write into the stage's folder: metrics (and wandb), and checkpoints guarded by the run's lease."""
 
     def __init__(self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None,
                  on_report: Callable[[int, Metrics], None] | None = None):

@@ -177,7 +177,7 @@ def run_loop(
             state.step += 1
             garbage.after_step()
     metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device)}
-    return {"status": "done", "step": state.step, "metrics": metrics | describe(job, plan, world, tokenizer, len(val_rows))}
+    return {"status": "done", "step": state.step, "metrics": metrics | describe(job, plan, world, len(val_rows))}
 
 
 def compile_wanted(setting: bool | None, world: World) -> bool:
@@ -199,7 +199,7 @@ def checkpoint_meta(job: PretrainJob, plan: Plan, state: LoopState) -> dict[str,
     }
 
 
-def describe(job: PretrainJob, plan: Plan, world: World, tokenizer: Tokenizer, n_val_rows: int) -> dict[str, Any]:
+def describe(job: PretrainJob, plan: Plan, world: World, n_val_rows: int) -> dict[str, Any]:
     """The numbers of the finished run for its report."""
     dtype, _ = pick_dtype(world.device, job.dtype)
     tokens = plan.total_batch_size * plan.num_iterations

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanochat_ray.config import PretrainSettings, SFTSettings, check_total_batch_size
+from nanochat_ray.config import PretrainSettings, ResolvedSFTSettings, SFTSettings, check_total_batch_size
 from nanochat_ray.messages import PackedRows, World
 from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, load_weights, model_tensors, resolve_checkpoint
 from nanochat_ray.model.gpt import GPT
@@ -44,7 +44,7 @@ FALLBACK = {"total_batch_size": 524_288, "embedding_lr": 0.3, "unembedding_lr": 
 class SFTJob:
     """What every rank needs to finetune; plain values, so it can cross to another machine."""
 
-    settings: SFTSettings  # resolved: nothing left to inherit
+    settings: ResolvedSFTSettings
     stage_folder: Path
     tokenizer_folder: Path
     base_checkpoints: Path
@@ -53,7 +53,7 @@ class SFTJob:
     chat_tasks: ChatTasks | None = None
 
 
-def inherit(settings: SFTSettings, base: Checkpoint) -> tuple[SFTSettings, list[str]]:
+def inherit(settings: SFTSettings, base: Checkpoint) -> tuple[ResolvedSFTSettings, list[str]]:
     """Fill unset values from the pretraining checkpoint; also one line per value that says where it came from."""
     stored = PretrainSettings.model_validate(base.meta["settings"])
     available = {
@@ -72,7 +72,7 @@ def inherit(settings: SFTSettings, base: Checkpoint) -> tuple[SFTSettings, list[
             notes.append(f"{name} {inherited}, inherited from pretraining")
         elif given != inherited:
             notes.append(f"{name} {given}, pretraining had {inherited}")
-    resolved = settings.model_copy(update=values)
+    resolved = ResolvedSFTSettings.model_validate(settings.model_dump() | values)
     check_total_batch_size(resolved.total_batch_size, resolved.max_seq_len)
     if resolved.max_seq_len > base.model_config.sequence_len:
         raise ValueError(
@@ -145,7 +145,7 @@ def run_loop(
     with QuietGarbageCollector() as garbage:
         while True:
             batch = next(batches, None) if state.step != settings.num_iterations else None
-            last = batch is None
+            last = batch is None  # the conversations, or the steps asked for, have run out
             if saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
                 save()
                 saved_at = state.step
@@ -160,7 +160,7 @@ def run_loop(
                 scores = chatcore_in_loop(model, tokenizer, job.chat_tasks, world)
                 if rank0:
                     hooks.report(state.step, scores)
-            if last:
+            if batch is None:
                 break
 
             clock = Clock(world.device)

@@ -123,8 +123,8 @@ def validation_bpb(
     part = rank_part(len(rows), world.rank, world.world_size)
     own = PackedRows(rows.tokens[part], None if rows.mask is None else rows.mask[part])
     nats, total_bytes = evaluate_bpb(model, micro_batches(own, device_batch_size, world.device), token_bytes)
-    nats, total_bytes = sum_over_ranks([nats, total_bytes], world)
-    return bits_per_byte(nats, int(total_bytes)) if total_bytes else None
+    sums = sum_over_ranks([nats, total_bytes], world)
+    return bits_per_byte(sums[0], int(sums[1])) if sums[1] else None
 
 
 def synchronize(device: str) -> None:

@@ -228,7 +228,6 @@ class RowBlock:
     rows: PackedRows
     cursor: Cursor  # of the first of them
     progress: np.ndarray  # (n,) float64: epochs done after each row, with the share of the running one
-    counts: PackCounts | None = None  # of the whole item
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import Cursor, World
@@ -67,19 +68,20 @@ def fit(
     if workers.threads_each:
         env["OMP_NUM_THREADS"] = str(workers.threads_each)
     resources = {"CPU": workers.cpus_each} | ({"GPU": 1.0} if workers.use_gpu else {})
-    trainer = TorchTrainer(
+    run_config: Any = RunConfig(
+        name=f"{job.stage_folder.name}-{uuid.uuid4().hex[:8]}",  # fresh: our manifest is the truth, not Ray's
+        storage_path=str(job.stage_folder / RAY_FOLDER),
+        failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
+        worker_runtime_env={"env_vars": env},
+    )
+    trainer: Any = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "dealer": dealer, "lease_epoch": lease_epoch, "tracker_run": tracker_run},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(
-            name=f"{job.stage_folder.name}-{uuid.uuid4().hex[:8]}",  # fresh: our manifest is the truth, not Ray's
-            storage_path=str(job.stage_folder / RAY_FOLDER),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
-            worker_runtime_env={"env_vars": env},
-        ),
+        run_config=run_config,
     )
     try:
         return trainer.fit().return_value
@@ -88,7 +90,7 @@ def fit(
         shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def train_worker(config: dict[str, Any]) -> Any:
     """What each Ray Train worker runs."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     context = ray.train.get_context()
