@@ -85,12 +85,11 @@ def orthogonalize(x: Tensor, ns_steps: int) -> Tensor:
     """
     if not 0 <= ns_steps <= len(POLAR_EXPRESS):
         raise ValueError(f"ns_steps {ns_steps}: there are coefficients for 0 to {len(POLAR_EXPRESS)} rounds")
-    tall = x.size(-2) > x.size(-1)
     rounds = POLAR_EXPRESS[:ns_steps]
     short, long = sorted(x.shape[-2:])
     if x.device.type == "cpu" and x.dtype == torch.float32 and long >= 2 * short:
-        # A third fewer operations for the matrices of the MLP. Five rounds in one go would lose the directions of small
-        # singular values to rounding, and so would two in bf16 or TF32.
+        # A third fewer operations for the matrices of the MLP. Five rounds in one go would lose small singular values to
+        # rounding, and so would fewer of them in bf16 or TF32.
         return _short_side_rounds(_short_side_rounds(x, rounds[:3]), rounds[3:])
     tall = x.size(-2) > x.size(-1)
     for a, b, c in rounds:

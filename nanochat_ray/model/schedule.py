@@ -15,7 +15,6 @@ MOMENTUM_RAMP_STEPS = 400
 
 SFT_MOMENTUM_PEAK = 0.95
 SFT_MOMENTUM_RAMP_STEPS = 300
-RL_MOMENTUM = 0.95
 
 # Keeps the first multiplier of a warmup above zero.
 SFT_WARMUP_OFFSET = 1e-8
