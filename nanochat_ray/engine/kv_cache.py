@@ -44,11 +44,9 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store k, v (rows, T, K, D) at the span's positions; returns all keys and values up to its end.
 
-        Raises ValueError for another number of rows and beyond the capacity.
+        Raises ValueError beyond the capacity.
         """
         rows, T = k.shape[:2]
-        if rows != self.rows:
-            raise ValueError(f"{rows} rows of tokens for a cache of {self.rows} rows")
         if span.end > self.capacity:
             raise ValueError(
                 f"{T} tokens behind {span.end - T} do not fit the cache's capacity of {self.capacity} positions"

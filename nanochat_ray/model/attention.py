@@ -58,9 +58,7 @@ class Span:
             mask = None
             if not (self.level and self.T == 1):
                 distance = self.positions[:, :, None] - torch.arange(first, self.end, device=self.device)  # (B, T, S)
-                hidden = (distance < 0) | (distance > left) if left >= 0 else distance < 0
-                mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-                mask = mask[:, None]
+                mask = hide(distance, left, dtype)[:, None]
             self._reach[left] = first, mask
         return self._reach[left]
 
@@ -68,7 +66,8 @@ class Span:
 def windows_of(config: ModelConfig) -> list[int]:
     """Left window of each layer: how many earlier positions a query sees besides its own.
 
-    L is the whole context, S a quarter of it rounded up to a multiple of 128. The last layer is always L.
+    L is the configured context, S a quarter of it rounded up to a multiple of 128. The last layer is always L. Rows
+    longer than the context are possible, but no layer looks further back than that.
     """
     short = -(-config.sequence_len // (4 * SHORT_WINDOW_MULTIPLE)) * SHORT_WINDOW_MULTIPLE
     letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(config.n_layer - 1)] + ["L"]
@@ -102,23 +101,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     else:
         if group > 1:  # the kernels that take a mask take no groups
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(T, T, left, q.device))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(T, T, left, 1, q.dtype, q.device))
     return y.transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result
+def window_mask(n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What to add to the scores of the last `n_queries` of `n_keys` positions: 0 where they may look, else -inf.
+
+    (group * n_queries, n_keys), `group` copies over each other. Made once.
+    """
+    return _window_mask(n_queries, n_keys, left, group, dtype, device)
+
+
 @lru_cache(maxsize=64)
-def window_mask(n_queries: int, n_keys: int, left: int, device: torch.device) -> Tensor:
-    """True where the last `n_queries` of `n_keys` positions may look: (n_queries, n_keys)."""
+@torch.inference_mode(False)  # a mask first made during inference must also do for training
+def _window_mask(
+    n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     position = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
-    distance = position - torch.arange(n_keys, device=device)
-    return (distance >= 0) & (distance <= left) if left >= 0 else distance >= 0
+    return hide(position - torch.arange(n_keys, device=device), left, dtype).repeat(group, 1)
 
 
-@lru_cache(maxsize=64)
-def _additive_mask(n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype) -> Tensor:
-    """The window mask as a term of the scores, for `group` query heads over each other: (group * n_queries, n_keys)."""
-    hidden = ~window_mask(n_queries, n_keys, left, torch.device("cpu"))
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).repeat(group, 1)
+def hide(distance: Tensor, left: int, dtype: torch.dtype) -> Tensor:
+    """0 where the distance from query back to key is in the window, else -inf; negative `left` is no window."""
+    hidden = (distance < 0) | (distance > left) if left >= 0 else distance < 0
+    return torch.zeros(distance.shape, dtype=dtype, device=distance.device).masked_fill_(hidden, float("-inf"))
 
 
 class BlockAttention(Function):
@@ -169,7 +177,8 @@ def _blocks(T: int, left: int) -> Iterator[tuple[slice, slice]]:
 
 def _block_probabilities(queries: Tensor, keys: Tensor, n_queries: int, left: int) -> Tensor:
     """Softmax of the masked scores: queries (B * K, G * n, D), keys (B * K, m, D) -> (B * K, G * n, m)."""
-    mask = _additive_mask(n_queries, keys.size(1), left, queries.size(1) // n_queries, queries.dtype)
+    group = queries.size(1) // n_queries
+    mask = window_mask(n_queries, keys.size(1), left, group, queries.dtype, queries.device)
     scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
     return torch.softmax(scores, dim=-1)
 
@@ -219,5 +228,5 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     queries = q.view(B * K, -1, D)  # (B * K, G, D)
     scores = torch.bmm(keys, queries.transpose(1, 2)).mul_(D**-0.5).transpose(1, 2)  # (B * K, G, S)
     if mask is not None:
-        scores.view(B, -1, 1, S).add_(mask)
+        scores.view(B, K, -1, S).add_(mask)
     return torch.bmm(torch.softmax(scores, dim=-1), values).view(q.shape)

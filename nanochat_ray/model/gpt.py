@@ -6,6 +6,8 @@ Every weight matrix is stored (out, in) in fp32 and cast to the compute dtype wh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,7 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import Cache, Span, attend, attend_cached, rotary_tables, windows_of
 from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu, wide
 
-
-Rotary = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, Tensor]  # cosine and sine
 
 
 class Linear(nn.Module):
@@ -44,7 +45,7 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-    """A lookup table of vectors."""
+    """Vectors (rows, channels), looked up by id."""
 
     def __init__(self, n_rows: int, n_channels: int) -> None:
         super().__init__()
@@ -55,6 +56,9 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, normalised queries and keys, a window, and in every second layer
+    an embedding of the token added to its value."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -86,6 +90,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with a squared ReLU between them."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -96,6 +102,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to the stream."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.eps = config.norm_eps
@@ -105,6 +113,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, span: Span, cache: Cache | None) -> Tensor:
         x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, span, cache)
         return x + self.mlp(rms_norm(x, self.eps))
+
+
+class Transformer(nn.Module):
+    """The token table and the layers; a module of its own only because checkpoints have it in their names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = Table(config.padded_vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
 
 
 def has_value_embed(config: ModelConfig, layer: int) -> bool:
@@ -121,23 +138,23 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        layers = range(config.n_layer)
-        vocab, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
-        self.transformer = nn.ModuleDict(
-            {"wte": Table(vocab, config.n_embd), "h": nn.ModuleList(Block(config, i) for i in layers)}
-        )
-        self.lm_head = Linear(config.n_embd, vocab)
+        kv_channels = config.n_kv_head * config.head_dim
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.smear_gate = Linear(config.smear_channels, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.value_embeds = nn.ModuleDict(
-            {str(i): Table(vocab, kv_channels) for i in layers if has_value_embed(config, i)}
+            {
+                str(layer): Table(config.padded_vocab_size, kv_channels)
+                for layer in range(config.n_layer)
+                if has_value_embed(config, layer)
+            }
         )
-        table = torch.empty(config.rope_table_factor * config.sequence_len, config.head_dim // 2, dtype=compute_dtype)
-        self.register_buffer("cos", table, persistent=False)
-        self.register_buffer("sin", table.clone(), persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(config, self.device), strict=True):
+            self.register_buffer(name, table.to(compute_dtype), persistent=False)
 
     @classmethod
     def build(
@@ -160,6 +177,15 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.resid_lambdas.device
 
+    @property
+    def blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.transformer.h)
+
+    @property
+    def tables(self) -> list[Table]:
+        """The token table and the value embeddings by layer."""
+        return [self.transformer.wte, *cast("Iterable[Table]", self.value_embeds.values())]
+
     def windows(self) -> list[int]:
         """Left window of each layer."""
         return windows_of(self.config)
@@ -168,9 +194,10 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Set every tensor. Draws in fp32 from the global generator of the device, always in the same order."""
         L, bound = self.config.n_layer, math.sqrt(3 / self.config.n_embd)
-        nn.init.normal_(self.transformer.wte.weight, std=0.8)
+        wte, *value_embeds = self.tables
+        nn.init.normal_(wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
-        for block in self.transformer.h:
+        for block in self.blocks:
             for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 nn.init.uniform_(projection.weight, -bound, bound)
             nn.init.zeros_(block.attn.c_proj.weight)
@@ -182,18 +209,17 @@ class GPT(nn.Module):
         self.smear_lambda.fill_(0.0)
         self.backout_lambda.fill_(0.2)
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
-        for table in self.value_embeds.values():
+        for table in value_embeds:
             nn.init.uniform_(table.weight, -bound, bound)
-        for block in self.transformer.h:
+        for block in self.blocks:
             if hasattr(block.attn, "ve_gate"):
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
         cos, sin = rotary_tables(self.config, self.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
-        # An fp16 table would give fp16 gradients, which a loss scaler cannot unscale.
-        dtype = torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
-        for table in (self.transformer.wte, *self.value_embeds.values()):
-            table.to(dtype)
+        # An fp16 table would get fp16 gradients, which a loss scaler cannot unscale.
+        for table in self.tables:
+            table.to(torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype)
 
     def forward(
         self,
@@ -211,54 +237,63 @@ class GPT(nn.Module):
         (B, 1, V) with `last_only`. With a cache, idx continues each of its rows. Raises ValueError when a row outgrows
         the rotary table or the cache.
         """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction {reduction!r}; choose from mean, sum, none")
+        if cache is not None and len(idx) != len(cache.lengths):
+            raise ValueError(f"{len(idx)} rows of tokens for a cache of {len(cache.lengths)} rows")
         c = self.config
-        B, T = idx.shape
-        span = Span(cache.lengths if cache else [0], T, idx.device)
-        if span.end > len(self.cos):
-            raise ValueError(f"{span.end} positions are more than the {len(self.cos)} of the rotary table")
+        span = Span([0] if cache is None else cache.lengths, idx.size(1), idx.device)
         rotary = self.rotary(span)
 
         e = self.embed(idx)  # (B, T, C)
-        if cache is None:
-            before = F.pad(e[:, :-1], (0, 0, 1, 0))
-        else:
-            started = torch.tensor([[[float(n > 0)]] for n in cache.lengths], device=e.device, dtype=e.dtype)
-            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started, e[:, :-1]], dim=1)
-        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., : c.smear_channels]))  # (B, T, 1)
-        x = x0 = e + gate * before
-
+        x = x0 = self.smear(e, cache)
         middle = x
-        for i, block in enumerate(self.transformer.h):
+        for i, block in enumerate(self.blocks):
             x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
-            table = self.value_embeds[str(i)] if has_value_embed(c, i) else None
-            value_embed = table(idx).to(e.dtype) if table is not None else None
+            value_embed = self.value_embeds[str(i)](idx).to(x.dtype) if has_value_embed(c, i) else None  # (B, T, K * D)
             x = block(x, value_embed, rotary, span, cache)
             if i == c.n_layer // 2:
                 middle = x
-        x = rms_norm(mix(x, middle, torch.ones_like(self.backout_lambda), -self.backout_lambda), c.norm_eps)
+        x = mix(x, middle, torch.ones_like(self.backout_lambda), -self.backout_lambda)  # backout
+        x = rms_norm(x, c.norm_eps)
         if cache is not None:
             cache.advance(idx)
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
-        summed = reduction != "none"
-        loss = cross_entropy(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), c.vocab_size, c.logit_softcap, summed
-        )
-        if reduction == "mean":
-            return loss / (targets >= 0).sum().clamp(min=1)
-        return loss if summed else loss.view(B, T)
+        return self.loss(x, targets, reduction)
 
     def embed(self, idx: Tensor) -> Tensor:
         """Normalised token embedding (B, T, C) in the compute dtype."""
         return rms_norm(self.transformer.wte(idx).to(self.compute_dtype), self.config.norm_eps)
 
+    def smear(self, e: Tensor, cache: Cache | None) -> Tensor:
+        """Each position's embedding plus a gated share of the previous position's; nothing comes before the first."""
+        if cache is None:
+            before = F.pad(e[:, :-1], (0, 0, 1, 0))
+        else:
+            started = torch.tensor([[[float(n > 0)]] for n in cache.lengths], device=e.device, dtype=e.dtype)
+            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started, e[:, :-1]], dim=1)  # (B, T, C)
+        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., : self.config.smear_channels]))
+        return torch.addcmul(e, gate, before)
+
     def rotary(self, span: Span) -> Rotary:
         """Tables (cos, cos) and (sin, -sin) at the positions of the span, each (B or 1, T, 1, D) in fp32."""
+        if span.end > len(self.cos):
+            raise ValueError(f"{span.end} positions are more than the {len(self.cos)} of the rotary table")
         at = slice(span.end - span.T, span.end) if span.level else span.positions
         cos, sin = wide(self.cos[at]), wide(self.sin[at])  # (T, D/2) or (B, T, D/2)
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
         return cos.view(-1, span.T, 1, cos.size(-1)), sin.view(-1, span.T, 1, sin.size(-1))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Soft-capped logits (..., V) in fp32 of the normalised stream."""
+        """Soft-capped logits (B, T, V) in fp32 of the normalised stream."""
         return softcap(self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy of the normalised stream in nats, see `forward`."""
+        c, weight = self.config, self.lm_head.weight
+        rows, ids, summed = x.flatten(0, 1), targets.flatten(), reduction != "none"
+        loss = cross_entropy(rows, weight, ids, c.vocab_size, c.logit_softcap, summed)
+        if reduction == "mean":
+            return loss / (targets >= 0).sum().clamp(min=1)
+        return loss if summed else loss.view(targets.shape)

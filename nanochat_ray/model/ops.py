@@ -129,6 +129,8 @@ class Mix(Function):
 
 def mix(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a x + b y for fp32 tensors a and b of one element."""
+    if torch.compiler.is_compiling():  # which fuses this itself, and cannot trace the Function where x is y
+        return (wide(x) * a + wide(y) * b).to(x.dtype)
     return Mix.apply(x, y, a, b)
 
 
@@ -197,7 +199,7 @@ def _row_chunks(x: Tensor, vocab: int) -> Iterator[slice]:
 
 
 def _probabilities(x: Tensor, w: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities (n, V), the sigmoids that the cap is made of (n, V), target ids (n, 1), 1 if there is a target (n,)."""
+    """Probabilities and the sigmoids that the cap is made of (n, V); target ids (n, 1); 1 if there is one (n,)."""
     s = torch.sigmoid(wide(x @ w.t()).mul_(2 / cap))  # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap
     p = torch.softmax(s * (2 * cap), dim=-1)  # a constant taken off all logits changes nothing
     return p, s, targets.clamp(min=0)[:, None], (targets >= 0).to(p.dtype)

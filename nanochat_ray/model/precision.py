@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Parameters of glibc's mallopt, from its malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 CPU_BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # names in /proc/cpuinfo; without one of them bf16 is emulated, and slow
 
 
@@ -25,6 +28,21 @@ def pick_device(requested: str | None) -> str:
     if not there[kind]:
         raise ValueError(f"device {requested!r} was asked for, but torch sees none; leave it out to take what is there")
     return kind
+
+
+def prepare_device(device: str) -> None:
+    """Settings of this process that make training faster; call once before the model is built.
+
+    CUDA: fp32 matrix products in TF32. CPU: freed memory stays with the process. Otherwise every large tensor is
+    memory that the kernel must first fill with zeros, which takes about a quarter of a training step.
+    """
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+    elif device == "cpu":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_dtype(device: str, requested: str | None) -> tuple[torch.dtype, str]:
