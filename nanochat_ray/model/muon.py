@@ -88,8 +88,8 @@ def orthogonalize(x: Tensor, ns_steps: int) -> Tensor:
     rounds = POLAR_EXPRESS[:ns_steps]
     short, long = sorted(x.shape[-2:])
     if x.device.type == "cpu" and x.dtype == torch.float32 and long >= 2 * short:
-        # A third fewer operations for the matrices of the MLP. Five rounds in one go would lose small singular values to
-        # rounding, and so would fewer of them in bf16 or TF32.
+        # A third fewer operations for the matrices of the MLP. In stretches of three and two rounds: rounding loses
+        # small singular values in a stretch of five, and in any stretch in bf16 or TF32.
         return _short_side_rounds(_short_side_rounds(x, rounds[:3]), rounds[3:])
     tall = x.size(-2) > x.size(-1)
     for a, b, c in rounds:
