@@ -1,0 +1,148 @@
+"""Laws of the run's folder: whole files, stage state, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanochat_ray import run_dir
+from nanochat_ray.run_dir import Lease, RunBusyError, RunDir, StaleWriterError, check_writer, lease_epoch, writing_as
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    run_dir.write_json(path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run_dir.write_json(path, {"a": 2})
+    assert run_dir.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_is_no_json(tmp_path):
+    with pytest.raises(ValueError):
+        run_dir.write_json(tmp_path / "a.json", {"a": float("nan")})
+
+
+def test_a_stage_is_fresh_then_interrupted_then_done(tmp_path):
+    run = RunDir(tmp_path / "d4")
+    config = {"settings": {"depth": 4, "names": ("a", "b")}}
+    assert run.begin_stage("pretrain", config) == "fresh"
+    assert run.begin_stage("pretrain", config) == "interrupted"
+    run.finish_stage("pretrain")
+    assert run.begin_stage("pretrain", config) == "done"
+    assert run.require_stage("pretrain", "pretrain.py") == tmp_path / "d4" / "pretrain"
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_another_config_is_refused_with_the_difference_and_the_fix(tmp_path, finish):
+    run = RunDir(tmp_path / "d4")
+    run.begin_stage("pretrain", {"settings": {"depth": 4, "seed": 1}})
+    if finish:
+        run.finish_stage("pretrain")
+    with pytest.raises(ValueError, match=r"settings\.depth: 4 -> 6") as error:
+        run.begin_stage("pretrain", {"settings": {"depth": 6, "seed": 1}})
+    assert "--model-tag" in str(error.value) and str(run.stage("pretrain")) in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_a_missing_stage_names_the_job(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"jobs/tok_train\.py"):
+        RunDir(tmp_path / "d4").require_stage("tokenizer", "tok_train.py")
+
+
+@pytest.mark.parametrize("tag", ["", "a/b", "..", ".hidden"])
+def test_a_tag_is_a_plain_name(tag):
+    with pytest.raises(ValueError, match="model tag"):
+        RunDir.of(None, tag)
+
+
+def test_storage(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert run_dir.storage_path(None) == tmp_path
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    assert run_dir.storage_path(None).parts[-2:] == (".cache", "nanochat_ray")
+    with pytest.raises(ValueError, match="URI"):
+        run_dir.storage_path("s3://bucket/runs")
+
+
+def test_the_largest_depth_is_found_first(tmp_path):
+    for name in ("d4", "d12", "d12_try", "cpu"):
+        Lease.acquire(tmp_path / name).release()
+    os.utime(tmp_path / "d12_try" / run_dir.LEASE_FILE, (2e9, 2e9))
+    assert run_dir.find_model_tag(tmp_path) == "d12_try"
+    with pytest.raises(FileNotFoundError, match="no run"):
+        run_dir.find_model_tag(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="cpu, d12"):
+        run_dir.existing_run(str(tmp_path), "d99")
+
+
+def test_a_second_holder_is_refused_by_name_while_the_first_lives(tmp_path):
+    with Lease.acquire(tmp_path) as lease, pytest.raises(RunBusyError, match=f"process {os.getpid()}"):
+        assert lease.epoch == 1
+        Lease.acquire(tmp_path)
+    with Lease.acquire(tmp_path) as lease:
+        assert lease.epoch == 2
+
+
+HOLDER = (
+    "import sys, time; from pathlib import Path; from nanochat_ray.run_dir import Lease;"
+    "Lease.acquire(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_killed_holder_is_followed_at_once_and_can_write_no_more(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunBusyError, match=str(holder.pid)):
+        Lease.acquire(tmp_path)
+    holder.kill()
+    holder.wait()
+    with Lease.acquire(tmp_path) as lease:
+        assert lease.epoch == 2
+        with pytest.raises(StaleWriterError, match="lease 1"):
+            check_writer(tmp_path, 1)
+        with writing_as(tmp_path, 2):
+            pass
+        with pytest.raises(StaleWriterError), writing_as(tmp_path, 1):
+            raise AssertionError("a stale writer got in")
+
+
+def test_a_pid_that_was_used_again_is_not_the_holder(tmp_path):
+    Lease.acquire(tmp_path).release()
+    record = json.loads((tmp_path / run_dir.LEASE_FILE).read_text())
+    run_dir.write_json(tmp_path / run_dir.LEASE_FILE, {**record, "released": False, "started": "1"})
+    Lease.acquire(tmp_path).release()
+    assert lease_epoch(tmp_path) == 2
+
+
+@pytest.mark.parametrize("age_s, busy", [(1.0, True), (run_dir.HEARTBEAT_STALE_S + 1, False)])
+def test_a_holder_elsewhere_lives_by_its_heartbeat(tmp_path, age_s, busy):
+    Lease.acquire(tmp_path).release()
+    record = json.loads((tmp_path / run_dir.LEASE_FILE).read_text())
+    away = {**record, "released": False, "host": "elsewhere|x|y", "heartbeat": time.time() - age_s}
+    run_dir.write_json(tmp_path / run_dir.LEASE_FILE, away)
+    if busy:
+        with pytest.raises(RunBusyError, match="elsewhere"):
+            Lease.acquire(tmp_path)
+    else:
+        Lease.acquire(tmp_path).release()
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "HEARTBEAT_S", 0.05)
+    with Lease.acquire(tmp_path):
+        first = json.loads((tmp_path / run_dir.LEASE_FILE).read_text())["heartbeat"]
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / run_dir.LEASE_FILE).read_text())["heartbeat"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
