@@ -31,6 +31,7 @@ from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
 from nanochat_ray.tasks.smoltalk import SmolTalk
 from nanochat_ray.tasks.spelling import SimpleSpelling, SpellingBee, load_words
 from nanochat_ray.tasks.task import Mixture, Task
+from nanochat_ray.tasks.world import WorldConversations
 
 Split = Literal["train", "val"]
 
@@ -109,8 +110,6 @@ def _json_task(path: Path, train: bool) -> Task:
 
 
 def _world_task(folder: Path, train: bool) -> Task:
-    from nanochat_ray.tasks.world import WorldConversations
-
     return WorldConversations(folder / ("sft_train.jsonl" if train else "sft_val.jsonl"))
 
 

@@ -123,10 +123,10 @@ def fetch_json(url: str, token: str | None = None) -> Any:
 
 def fetch(url: str, path: Path, token: str | None = None) -> Fetched:
     """Put the file behind an address at `path`, which never holds a part of it. Raises DownloadError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
     def attempt() -> Fetched:
+        path.parent.mkdir(parents=True, exist_ok=True)
         response, redirects = _open(url, token)
         digest, size_bytes = hashlib.sha256(), 0
         with response, open(temporary, "wb") as file:
