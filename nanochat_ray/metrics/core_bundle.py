@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import random
-import shutil
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,27 +95,31 @@ def find_bundle(eval_bundle: Path | None, storage: Path) -> Path:
         return folder
     if eval_bundle:
         raise TaskDataMissing(f"no CORE bundle in {eval_bundle}: it has no core.yaml")
-    archive = storage / "eval_bundle.zip"
-    try:
-        fetch(BUNDLE_URL, archive)
-    except DownloadError as error:
-        raise TaskDataMissing(
-            f"no CORE bundle: {folder} is not there and was not downloaded ({error}); name one with --eval-bundle"
-        ) from error
+    storage.mkdir(parents=True, exist_ok=True)
     with open(storage / ".eval_bundle.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            unpacked = storage / f".eval_bundle.{os.getpid()}.tmp"
-            with zipfile.ZipFile(archive) as contents:
-                contents.extractall(unpacked)
-            os.replace(unpacked / "eval_bundle", folder)
-            shutil.rmtree(unpacked)
-            archive.unlink()
+            try:
+                _fetch_bundle(folder)
+            except DownloadError as error:
+                raise TaskDataMissing(
+                    f"no CORE bundle: {folder} is not there and was not downloaded ({error}); name one with --eval-bundle"
+                ) from error
     return folder
 
 
-def load_items(task: CoreTask) -> list[Item]:
-    """All items of a task in their shuffled order; the first n of it are what a limit of n keeps.
+def _fetch_bundle(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
+        archive = Path(temporary, "eval_bundle.zip")
+        fetch(BUNDLE_URL, archive)
+        with zipfile.ZipFile(archive) as contents:
+            contents.extractall(temporary)  # one folder, eval_bundle
+        os.replace(Path(temporary, "eval_bundle"), folder)
+
+
+@functools.lru_cache(maxsize=4)
+def load_items(task: CoreTask) -> tuple[Item, ...]:
+    """All items of a task in their shuffled order; the first n of it are what a limit of n keeps. Not to be changed.
 
     ValueError with file and line number for a line without the keys of the task's type.
     """
@@ -126,7 +131,7 @@ def load_items(task: CoreTask) -> list[Item]:
                 raise ValueError(f"{task.path}, line {number}: a {task.type} item needs {', '.join(missing)}")
             items.append(item)
     random.Random(ITEM_SEED).shuffle(items)
-    return items
+    return tuple(items)
 
 
 def few_shots(n_items: int, index: int, k: int) -> list[int]:

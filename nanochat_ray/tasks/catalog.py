@@ -27,7 +27,7 @@ from nanochat_ray.tasks.custom_json import CustomJSON
 from nanochat_ray.tasks.gsm8k import GSM8K
 from nanochat_ray.tasks.humaneval import HumanEval
 from nanochat_ray.tasks.mmlu import MMLU
-from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
+from nanochat_ray.tasks.rows import TaskSources
 from nanochat_ray.tasks.smoltalk import SmolTalk
 from nanochat_ray.tasks.spelling import SimpleSpelling, SpellingBee, load_words
 from nanochat_ray.tasks.task import Mixture, Task
@@ -143,23 +143,6 @@ CHAT_TASKS: dict[str, Callable[[TaskSources], Task]] = {
     "SpellingBee": lambda sources: SpellingBee("test", load_words(sources), SPELLING_VAL_SIZE),
 }
 """The tasks of chat evaluation, in nanochat's order."""
-
-
-SKIPPED_CHAT_TASKS = {"HumanEval": "it runs the programs that a model writes, which needs the sandbox"}
-
-
-def open_chat_tasks(names: Sequence[str], sources: TaskSources) -> tuple[dict[str, Task], dict[str, str]]:
-    """The evaluation tasks that can run, by name, and for each of the others the reason."""
-    tasks, skipped = {}, {}
-    for name in names:
-        if name in SKIPPED_CHAT_TASKS:
-            skipped[name] = SKIPPED_CHAT_TASKS[name]
-            continue
-        try:
-            tasks[name] = CHAT_TASKS[name](sources)
-        except TaskDataMissing as error:
-            skipped[name] = str(error)
-    return tasks, skipped
 
 
 def chat_task_names(names: str | None) -> list[str]:

@@ -16,7 +16,6 @@ from nanochat_ray.tasks.catalog import (
     chat_task_names,
     make_task,
     nanochat_mixture,
-    open_chat_tasks,
     parse_mixture,
 )
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
@@ -127,13 +126,13 @@ def test_evaluation_tasks(sources):
     assert chat_task_names("gsm8k|ARC-Easy") == ["GSM8K", "ARC-Easy"]
     with pytest.raises(ValueError, match="did you mean ARC-Easy"):
         chat_task_names("GSM8K|ARC-Esay")
-    tasks, skipped = open_chat_tasks(chat_task_names(None), sources)
-    assert {name: (task.name, len(task)) for name, task in tasks.items()} == {
-        "MMLU": ("MMLU", 5300), "GSM8K": ("GSM8K", 430), "SpellingBee": ("SpellingBee", 256)
-    }  # fmt: skip
-    assert list(skipped) == ["ARC-Easy", "ARC-Challenge", "HumanEval"]
-    assert "sandbox" in skipped["HumanEval"]
-    assert "allenai/ai2_arc" in skipped["ARC-Easy"]
+    lengths = {"MMLU": 5300, "GSM8K": 430, "SpellingBee": 256}
+    for name, length in lengths.items():
+        task = CHAT_TASKS[name](sources)
+        assert (task.name, len(task)) == (name, length)
+    for name in CHAT_TASKS.keys() - lengths.keys():
+        with pytest.raises(TaskDataMissing, match=r"allenai/ai2_arc|openai/openai_humaneval"):
+            CHAT_TASKS[name](sources)
 
 
 def test_paths_may_start_with_a_tilde(tmp_path, monkeypatch):
