@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from _runtime import main
 
 from nanochat_ray.config import ChatSettings, RunSettings
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import STAGE_OF_SOURCE, RunDir, existing_run
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.chat import ChatSession
 
 
 def cli() -> None:
@@ -29,13 +33,24 @@ def cli() -> None:
     engine = Engine(checkpoint.build_model(device, dtype, tokenizer.vocab_size), tokenizer)
     session = ChatSession(engine, tokenizer, chat)
     if chat.prompt is not None:
-        for piece in session.reply(chat.prompt):
-            print(piece, end="", flush=True)
-        print()
+        answer(session, chat.prompt)
         return
     print(f"{run_dir.root.name} ({chat.source}, step {checkpoint.step})")
     print("quit leaves, clear starts anew, Ctrl-C stops a reply.")
     chat_loop(session, read_line, write)
+
+
+def answer(session: ChatSession, prompt: str) -> None:
+    """One reply to stdout; what had to be left out of the prompt is said on stderr."""
+    pieces = session.reply(prompt)
+    if session.notice:
+        print(session.notice, file=sys.stderr)
+    try:
+        for piece in pieces:
+            write(piece)
+    except KeyboardInterrupt:
+        pass
+    write("\n")
 
 
 def read_line() -> str:

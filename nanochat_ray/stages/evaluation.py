@@ -201,8 +201,9 @@ def free_samples(model: GPT, tokenizer: Tokenizer) -> list[dict[str, str]]:
 def continuations(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], params: SamplingParams
 ) -> list[dict[str, str]]:
-    prompts = {text: tokenizer.encode(text, prepend=tokenizer.bos_id) for text in texts}
-    found = Engine(model, tokenizer).rollouts(list(prompts.values()), params)
+    engine = Engine(model, tokenizer)  # whose context may be shorter than a prompt when the model is a tiny one
+    prompts = {text: tokenizer.encode(text, prepend=tokenizer.bos_id)[: engine.context] for text in texts}
+    found = engine.rollouts(list(prompts.values()), params)
     return [
         {"prompt": text, "text": tokenizer.decode(rollout.token_ids)}
         for text, rollouts in zip(prompts, found, strict=True)

@@ -1,0 +1,150 @@
+"""The same stages through Ray Data, Ray Train and actors give the numbers of one plain process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_ray.messages import Cursor, SamplingParams
+from nanochat_ray.model.checkpoint import open_checkpoint, saved_steps
+from nanochat_ray.report.metrics_log import read_metrics
+from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE
+from nanochat_ray.stages.evaluation import BpbUnit, ChatUnit, EvalSpec, SampleUnit, cut, run_units_here
+from nanochat_ray.stages.rows import plain_row_blocks
+from nanochat_ray.text.packing import step_batches
+from tests.stages.tiny import ROWS_PER_STEP, STEPS, Recorder, conversations, make_run, make_sft, run_pretrain, run_sft
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, shards):
+    """A run made in this process: pretraining and SFT."""
+    root = tmp_path_factory.mktemp("plain")
+    job, rows = make_run(root, shards)
+    hooks = Recorder(job.stage_folder)
+    run_pretrain(job, rows, hooks)
+    sft_job, sft_rows = make_sft(root, job, conversations(root / "talk.jsonl"))
+    sft_hooks = Recorder(sft_job.stage_folder)
+    run_sft(sft_job, sft_rows, sft_hooks)
+    return root, (job, rows, hooks), (sft_job, sft_rows, sft_hooks)
+
+
+def losses_of(job) -> list[float]:
+    records = read_metrics(job.stage_folder / METRICS_FILE)
+    return [record["train/loss_step"] for record in records if "train/loss_step" in record]
+
+
+@pytest.mark.parametrize("source", ["text", "conversations"])
+@pytest.mark.parametrize("cursor", [Cursor(), Cursor(0, 0, 5)])
+def test_the_dealt_rows_are_the_plain_ones(plain, source, cursor):
+    import ray
+
+    from nanochat_ray.data.dealer import batches_from, start_dealer
+
+    rows = plain[1][1] if source == "text" else plain[2][1]
+    world, first_step, n_steps = 3, 2, 7
+    dealer = start_dealer(rows, ROWS_PER_STEP, world, actors=2)
+    ray.get(dealer.open.remote("a", cursor, first_step, world))
+    dealt = [batches_from(dealer, "a", first_step, rank) for rank in range(world)]
+    wanted = [
+        step_batches(plain_row_blocks(rows, cursor), ROWS_PER_STEP, rank, world, first_step) for rank in range(world)
+    ]
+    for _ in range(n_steps):
+        for got, want in zip((next(d, None) for d in dealt), (next(w, None) for w in wanted), strict=True):
+            assert (got is None) == (want is None)
+            if got is None:
+                continue
+            np.testing.assert_array_equal(got.tokens, want.tokens)
+            assert (got.step, got.cursor, got.progress) == (want.step, want.cursor, want.progress)
+            assert (got.mask is None) == (want.mask is None)
+            if got.mask is not None:
+                np.testing.assert_array_equal(got.mask, want.mask)
+    ray.kill(dealer)
+
+
+def test_what_packing_raises_reaches_the_ranks(plain, tmp_path, shards):
+    import ray
+
+    from nanochat_ray.data.dealer import batches_from, start_dealer
+
+    _, rows = make_run(tmp_path, shards, plain[1][0].settings.model_copy(update={"max_seq_len": 2**14}))
+    dealer = start_dealer(rows, ROWS_PER_STEP, 1, actors=1)
+    ray.get(dealer.open.remote("a", Cursor(), 0, 1))
+    with pytest.raises(ValueError, match="fills a row"):
+        next(batches_from(dealer, "a", 0, 0))
+    ray.kill(dealer)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pretraining_on_workers(plain, tmp_path, shards, workers):
+    from nanochat_ray.train.launch import Workers, fit
+
+    job, rows = make_run(tmp_path, shards)
+    result = fit(job, rows, ROWS_PER_STEP, Workers(workers, threads_each=1), lease_epoch=1)
+    assert (result["status"], result["step"]) == ("done", STEPS)
+    tolerance = 0 if workers == 1 else 2e-3
+    assert losses_of(job) == pytest.approx(plain[1][2].losses, rel=tolerance, abs=0)
+    got = open_checkpoint(job.stage_folder / CHECKPOINTS, STEPS).model_tensors()
+    wanted = open_checkpoint(plain[1][0].stage_folder / CHECKPOINTS, STEPS).model_tensors()
+    if workers == 1:
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert not (job.stage_folder / "ray").exists()
+
+
+def test_finetuning_survives_a_killed_worker(plain, tmp_path):
+    """The group starts again from the last checkpoint and ends with the weights of the undisturbed run."""
+    import threading
+    import time
+
+    import psutil
+
+    from nanochat_ray.run_dir import Lease
+    from nanochat_ray.train.launch import Workers, fit
+
+    Lease.acquire(tmp_path).release()
+    changes = {"num_epochs": 40, "save_every": 5}
+    job, rows = make_sft(tmp_path, plain[1][0], plain[0] / "talk.jsonl", **changes)
+    killed = []
+
+    def kill_one():
+        while not saved_steps(job.stage_folder / CHECKPOINTS):
+            time.sleep(0.05)
+        mine = psutil.Process().children(recursive=True)  # raylet and workers of this session's cluster
+        worker = next(process for process in mine if "RayTrainWorker" in " ".join(process.cmdline()))
+        worker.kill()
+        killed.append(worker.pid)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    result = fit(job, rows, 4, Workers(1, threads_each=1), lease_epoch=1)
+    assert killed and result["status"] == "done" and result["metrics"]["resumed_at"]
+
+    Lease.acquire(tmp_path / "again").release()
+    calm, rows = make_sft(tmp_path / "again", plain[1][0], plain[0] / "talk.jsonl", **changes)
+    run_sft(calm, rows, Recorder(calm.stage_folder))
+    got = open_checkpoint(job.stage_folder / CHECKPOINTS, result["step"]).model_tensors()
+    wanted = open_checkpoint(calm.stage_folder / CHECKPOINTS, result["step"]).model_tensors()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_evaluation_on_actors_gives_the_same_records(plain):
+    from nanochat_ray.evals.pool import run_units
+
+    job = plain[1][0]
+    spec = EvalSpec(
+        job.stage_folder / CHECKPOINTS, STEPS, job.tokenizer_folder, "cpu", "float32", manifest=job.manifest
+    )
+    units = [BpbUnit("val", 12, start, start + 4) for start in (0, 4, 8)] + [SampleUnit()]
+    assert run_units(spec, units, actors=2) == run_units_here(spec, units)
+    assert cut(range(5), 2) == [(0, 1), (2, 3), (4,)]
+    assert ChatUnit("x", (0,), SamplingParams()).batch_size == 8
+
+
+def test_what_cannot_fit_is_an_error_with_numbers_not_a_wait():
+    from nanochat_ray.train.launch import Workers, preflight
+
+    with pytest.raises(RuntimeError, match=r"needs 65 CPU.*64 workers.*the cluster has 4 CPU"):
+        preflight(Workers(64))
+    with pytest.raises(RuntimeError, match="1 GPU.*0 GPU"):
+        preflight(Workers(1, use_gpu=True))
