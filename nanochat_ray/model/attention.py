@@ -138,34 +138,36 @@ class BlockAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
+        K = k.size(2)
         keys, values = _by_kv_head(k), _by_kv_head(v)
         y = torch.empty_like(q)
-        probabilities = []
+        kept = []
         for rows, cols in _blocks(q.size(1), left):
-            p = _block_probabilities(_group(q[:, rows], k), keys[:, cols], rows.stop - rows.start, left)
-            _store(y[:, rows], k, torch.bmm(p, values[:, cols]))
+            queries = _group(q[:, rows], K)
+            p = _block_probabilities(queries, keys[:, cols], rows.stop - rows.start, left)
+            _ungroup(torch.bmm(p, values[:, cols]), K, y[:, rows])
             if any(ctx.needs_input_grad):
-                probabilities.append(p)
-        ctx.left = left
-        ctx.save_for_backward(q, k, v, *probabilities)
+                kept += [queries, p]
+        ctx.left, ctx.K = left, K
+        ctx.save_for_backward(keys, values, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *probabilities = ctx.saved_tensors
-        keys, values = _by_kv_head(k), _by_kv_head(v)
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(keys, dtype=wide_dtype(k.dtype)) for _ in "kv")
-        for (rows, cols), p in zip(_blocks(q.size(1), ctx.left), probabilities, strict=True):
-            queries, dy_block = _group(q[:, rows], k), _group(dy[:, rows], k)
+        keys, values, *kept = ctx.saved_tensors
+        dq = torch.empty_like(dy)
+        dk, dv = (torch.zeros_like(keys, dtype=wide_dtype(dy.dtype)) for _ in "kv")
+        blocks = _blocks(dy.size(1), ctx.left)
+        for (rows, cols), queries, p in zip(blocks, kept[::2], kept[1::2], strict=True):
+            dy_block = _group(dy[:, rows], ctx.K)
             dp = torch.bmm(dy_block, values[:, cols].transpose(1, 2))  # (B * K, G * rows, cols)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            _store(dq[:, rows], k, torch.bmm(ds, keys[:, cols]))
+            _ungroup(torch.bmm(ds, keys[:, cols]), ctx.K, dq[:, rows])
             dk[:, cols] += torch.bmm(ds.transpose(1, 2), queries)
             dv[:, cols] += torch.bmm(p.transpose(1, 2), dy_block)
-        scale = q.size(-1) ** -0.5
-        return dq.mul_(scale), _as_rows(dk.mul_(scale), k), _as_rows(dv, v), None
+        scale = dy.size(-1) ** -0.5
+        return dq.mul_(scale), _as_rows(dk.mul_(scale), ctx.K, dy.dtype), _as_rows(dv, ctx.K, dy.dtype), None
 
 
 def _blocks(T: int, left: int) -> Iterator[tuple[slice, slice]]:
@@ -188,24 +190,22 @@ def _by_kv_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.size(1), x.size(3))
 
 
-def _as_rows(x: Tensor, like: Tensor) -> Tensor:
-    """(B * K, T, D) -> the shape (B, T, K, D) and dtype of `like`."""
-    B, T, K, D = like.shape
-    return torch.empty_like(like).copy_(x.view(B, K, T, D).transpose(1, 2))
+def _as_rows(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """(B * K, T, D) -> (B, T, K, D), contiguous."""
+    rows = x.view(-1, K, *x.shape[1:]).transpose(1, 2)
+    return torch.empty(rows.shape, dtype=dtype, device=x.device).copy_(rows)
 
 
-def _group(x: Tensor, k: Tensor) -> Tensor:
+def _group(x: Tensor, K: int) -> Tensor:
     """(B, n, H, D) -> (B * K, G * n, D): the G = H/K query heads of a key head over each other."""
     B, n, H, D = x.shape
-    K = k.size(2)
     return x.view(B, n, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)
 
 
-def _store(target: Tensor, k: Tensor, x: Tensor) -> None:
-    """Undo `_group` into target (B, n, H, D)."""
-    B, n, H, D = target.shape
-    K = k.size(2)
-    target.view(B, n, K, H // K, D).copy_(x.view(B, K, H // K, n, D).permute(0, 3, 1, 2, 4))
+def _ungroup(x: Tensor, K: int, out: Tensor) -> None:
+    """Undo `_group` into out (B, n, H, D)."""
+    B, n, H, D = out.shape
+    out.view(B, n, K, H // K, D).copy_(x.view(B, K, H // K, n, D).permute(0, 3, 1, 2, 4))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, left: int, span: Span) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 # Logits alive at a time in the loss.
 CHUNK_LOGITS_CPU = 2**21  # 8 MiB of fp32, which stay in the cache
-CHUNK_LOGITS_GPU = 2**27
+CHUNK_LOGITS_GPU = 2**26
 
 
 def wide(x: Tensor) -> Tensor:
