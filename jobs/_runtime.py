@@ -70,7 +70,7 @@ class Notes:
     hashes: dict[str, str] = field(default_factory=dict)
 
     def skip(self, name: str, reason: str) -> None:
-        logger.info("skipped %s: %s", name, reason)
+        logger.info("skipped %s: %s", name, reason.split(": ")[0])  # the report has it whole
         self.skipped.append(Skipped(name, reason))
 
 
