@@ -103,7 +103,7 @@ def find_bundle(eval_bundle: Path | None, storage: Path) -> Path:
                 _fetch_bundle(folder)
             except DownloadError as error:
                 raise TaskDataMissing(
-                    f"no CORE bundle: {folder} is not there and was not downloaded ({error}); name one with --eval-bundle"
+                    f"no CORE bundle: {folder} is not there and was not fetched ({error}); name one with --eval-bundle"
                 ) from error
     return folder
 
