@@ -101,26 +101,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     else:
         if group > 1:  # the kernels that take a mask take no groups
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(T, T, left, 1, q.dtype, q.device))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(T, T, left, 1, q))
     return y.transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
 def window_mask(n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What to add to the scores of the last `n_queries` of `n_keys` positions: 0 where they may look, else -inf.
 
-    (group * n_queries, n_keys), `group` copies over each other. Made once.
+    (group * n_queries, n_keys), `group` copies over each other.
     """
-    return _window_mask(n_queries, n_keys, left, group, dtype, device)
+    position = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    return hide(position - torch.arange(n_keys, device=device), left, dtype).repeat(group, 1)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a mask first made during inference must also do for training
-def _window_mask(
+def _kept_mask(
     n_queries: int, n_keys: int, left: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    position = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
-    return hide(position - torch.arange(n_keys, device=device), left, dtype).repeat(group, 1)
+    return window_mask(n_queries, n_keys, left, group, dtype, device)
+
+
+def _mask(n_queries: int, n_keys: int, left: int, group: int, like: Tensor) -> Tensor:
+    """`window_mask`, made only once; a compiled graph has its own."""
+    make = window_mask if torch.compiler.is_compiling() else _kept_mask
+    return make(n_queries, n_keys, left, group, like.dtype, like.device)
 
 
 def hide(distance: Tensor, left: int, dtype: torch.dtype) -> Tensor:
@@ -180,7 +185,7 @@ def _blocks(T: int, left: int) -> Iterator[tuple[slice, slice]]:
 def _block_probabilities(queries: Tensor, keys: Tensor, n_queries: int, left: int) -> Tensor:
     """Softmax of the masked scores: queries (B * K, G * n, D), keys (B * K, m, D) -> (B * K, G * n, m)."""
     group = queries.size(1) // n_queries
-    mask = window_mask(n_queries, keys.size(1), left, group, queries.dtype, queries.device)
+    mask = _mask(n_queries, keys.size(1), left, group, queries)
     scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
     return torch.softmax(scores, dim=-1)
 

@@ -21,11 +21,7 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x.
-
-    Without gradients the cast is kept until the weight changes. Torch's version counter tells, which writing through
-    `.data` does not move: write under `torch.no_grad()` instead.
-    """
+    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -33,15 +29,26 @@ class Linear(nn.Module):
         self._cast: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, self.cast_weight(x.dtype))
+
+    def cast_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in another dtype. Inference keeps it, since decoding would spend half its time on casting.
+
+        It is made anew when the weight's version counter has moved (writing through `.data` does not move it: write
+        under `torch.no_grad()` instead). Fused optimizers do not move it either, so nothing is kept from a training
+        pass on until its gradient is dropped.
+        """
+        weight = self.weight
+        if weight.dtype == dtype:
+            return weight
+        training = torch.is_grad_enabled() or weight.grad is not None
+        if training or torch.compiler.is_compiling() or weight.is_inference():
             self._cast = None
-            return F.linear(x, self.weight.to(x.dtype))
-        state = self.weight.data_ptr(), self.weight._version
-        if self._cast is None or self._cast[0] != state or self._cast[1].dtype != x.dtype:
-            self._cast = state, self.weight.to(x.dtype)
-        return F.linear(x, self._cast[1])
+            return weight.to(dtype)
+        state = weight.data_ptr(), weight._version
+        if self._cast is None or self._cast[0] != state or self._cast[1].dtype != dtype:
+            self._cast = state, weight.to(dtype)
+        return self._cast[1]
 
 
 class Table(nn.Module):
@@ -153,8 +160,9 @@ class GPT(nn.Module):
                 if has_value_embed(config, layer)
             }
         )
-        for name, table in zip(("cos", "sin"), rotary_tables(config, self.device), strict=True):
-            self.register_buffer(name, table.to(compute_dtype), persistent=False)
+        shape = config.rope_table_factor * config.sequence_len, config.head_dim // 2
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(shape, dtype=compute_dtype), persistent=False)
 
     @classmethod
     def build(
@@ -291,7 +299,7 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Cross-entropy of the normalised stream in nats, see `forward`."""
-        c, weight = self.config, self.lm_head.weight
+        c, weight = self.config, self.lm_head.cast_weight(x.dtype)
         rows, ids, summed = x.flatten(0, 1), targets.flatten(), reduction != "none"
         loss = cross_entropy(rows, weight, ids, c.vocab_size, c.logit_softcap, summed)
         if reduction == "mean":

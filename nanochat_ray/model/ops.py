@@ -142,7 +142,7 @@ def softcap(z: Tensor, cap: float) -> Tensor:
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool) -> Tensor:
     """Cross-entropy in nats of the soft-capped logits x W^T, never more than a chunk of them alive.
 
-    x (N, C) in the compute dtype, weight (V_p, C) of which the first `vocab` rows count, targets (N,) with -1 ignored.
+    x (N, C) and weight (V_p, C) in one dtype; the first `vocab` rows of weight count; targets (N,), -1 ignored.
     Returns the losses (N,), 0 where ignored, or with `summed` their sum, which is the faster one to train on.
     """
     return SoftcapCrossEntropy.apply(x, weight, targets, vocab, cap, summed)
@@ -158,9 +158,9 @@ class SoftcapCrossEntropy(Function):
     ) -> Tensor:
         ctx.vocab, ctx.cap, ctx.summed = vocab, cap, summed
         at_once = summed and any(ctx.needs_input_grad)
-        w = weight[:vocab].to(x.dtype)
+        w = weight[:vocab]
         losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
-        dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if at_once else (None, None)
+        dx, dweight = _empty_gradients(x, weight) if at_once else (None, None)
         for rows in _row_chunks(x, vocab):
             p, s, at, valid = _probabilities(x[rows], w, targets[rows], cap)
             # The cap bounds the logits, so the target's probability cannot underflow.
@@ -180,16 +180,21 @@ class SoftcapCrossEntropy(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         if ctx.summed:
             dx, dweight = ctx.saved_tensors
-            return dx * upstream.to(dx.dtype), dweight * upstream.to(dweight.dtype), None, None, None, None
+            return (wide(dx) * upstream).to(dx.dtype), (dweight * upstream).to(dx.dtype), None, None, None, None
         x, weight, targets = ctx.saved_tensors
-        w = weight[: ctx.vocab].to(x.dtype)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        w = weight[: ctx.vocab]
+        dx, dweight = _empty_gradients(x, weight)
         for rows in _row_chunks(x, ctx.vocab):
             p, s, at, valid = _probabilities(x[rows], w, targets[rows], ctx.cap)
             dz = _logit_gradient(p, s, at, valid * upstream[rows]).to(x.dtype)
             torch.mm(dz, w, out=dx[rows])
             dweight[: ctx.vocab] += dz.t() @ x[rows]
-        return dx, dweight, None, None, None, None
+        return dx, dweight.to(weight.dtype), None, None, None, None
+
+
+def _empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the gradient of x, and zeros to add up that of the weight in."""
+    return torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(weight.dtype))
 
 
 def _row_chunks(x: Tensor, vocab: int) -> Iterator[slice]:

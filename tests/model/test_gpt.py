@@ -10,6 +10,7 @@ import torch
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.kv_cache import KVCache
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.precision import pick_device, pick_dtype, prepare_device
 
 SHORT = 128  # the shortest window there is
@@ -265,6 +266,36 @@ def test_weights_that_change_change_the_next_answer():
     training = model(idx)
     torch.testing.assert_close(training, loaded)
     model(idx, idx).backward()
+
+
+def test_an_optimizer_step_changes_the_next_answer():
+    """Inference before, in the middle of and after a step: it must always see the weights as they are."""
+    model, idx = random_model(config(), torch.bfloat16), ids(1, 10)
+    optimizer = build_optimizer(
+        model, unembedding_lr=0.1, embedding_lr=0.1, matrix_lr=0.1, scalar_lr=0.1, weight_decay=0.0
+    )
+
+    @torch.inference_mode()
+    def answer(model: GPT) -> torch.Tensor:
+        return model(idx)
+
+    answers = [answer(model)]
+    for _ in range(2):
+        model(idx, idx).backward()
+        answer(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        answers.append(answer(model))
+        fresh = GPT.build(model.config, compute_dtype=torch.bfloat16)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(answers[-1], answer(fresh))
+    assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[1], answers[2])
+
+
+def test_a_network_built_in_inference_mode_answers():
+    with torch.inference_mode():
+        model = GPT.build(config(), compute_dtype=torch.bfloat16)
+        assert torch.equal(model(ids(1, 4)), GPT.build(config(), compute_dtype=torch.bfloat16)(ids(1, 4)))
 
 
 def test_training_after_inference_on_the_same_shapes():
