@@ -70,6 +70,9 @@ class ModelConfig(Settings):
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        narrowest = max(self.smear_channels, self.value_gate_channels)
+        if self.n_embd < narrowest:
+            raise ValueError(f"n_embd {self.n_embd} is below the {narrowest} channels that the smear gate reads")
         return self
 
     @property

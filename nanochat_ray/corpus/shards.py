@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_ray.tasks.download import DownloadError, fetch
+from nanochat_ray.corpus.download import DownloadError, fetch
 
 logger = logging.getLogger(__name__)
 

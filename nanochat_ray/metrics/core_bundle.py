@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from nanochat_ray.tasks.download import DownloadError, fetch
+from nanochat_ray.corpus.download import DownloadError, fetch
 from nanochat_ray.tasks.rows import TaskDataMissing
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
+from nanochat_ray.corpus.download import DownloadError, fetch, fetch_json, why_unreachable
 from nanochat_ray.run_dir import read_json, write_json
-from nanochat_ray.tasks.download import DownloadError, fetch, fetch_json, why_unreachable
 
 SHUFFLE_SEED = 42
 HUB = "https://huggingface.co"

@@ -13,7 +13,7 @@ import string
 from pathlib import Path
 from typing import Literal
 
-from nanochat_ray.tasks.download import DownloadError, fetch
+from nanochat_ray.corpus.download import DownloadError, fetch
 from nanochat_ray.tasks.gsm8k import FinalAnswerTask
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
 from nanochat_ray.tasks.task import Conversation, Task

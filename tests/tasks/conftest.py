@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_ray.tasks import download
+from nanochat_ray.corpus import download
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from nanochat_ray.tasks import download
-from nanochat_ray.tasks.download import DownloadError, fetch
+from nanochat_ray.corpus import download
+from nanochat_ray.corpus.download import DownloadError, fetch
 from nanochat_ray.tasks.rows import DataSet, JsonlRows, TaskDataMissing, TaskSources, open_rows, permutation
 from tests.tasks.conftest import Hub, serve, write_jsonl, write_parquet
 
