@@ -7,6 +7,7 @@ Presets: cpu, smoke, d12, d20, d24, d26, d32; without --preset one is chosen by 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -81,7 +82,8 @@ def speedrun(settings: SpeedrunSettings) -> None:
 def chat_command(settings: RunSettings, run_folder: Path) -> str:
     """The command line that opens a chat with this run's model, from any folder."""
     script = Path(__file__).resolve().parent / "chat_cli.py"
-    storage = ["--storage", str(run_folder.parent)] if settings.storage else []
+    elsewhere = settings.storage or os.environ.get("NANOCHAT_BASE_DIR")  # which the next shell may not have
+    storage = ["--storage", str(run_folder.parent)] if elsewhere else []
     return shlex.join([sys.executable, str(script), *storage, "--model-tag", run_folder.name])
 
 

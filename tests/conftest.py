@@ -31,7 +31,8 @@ WORDS = (
 
 def sentences(n: int, length: int = 12) -> list[str]:
     """Different small documents, the same ones every time."""
-    return [" ".join(WORDS[(k * 7 + j * (1 + k % 5)) % len(WORDS)] for j in range(3 + (k * 5) % length)) for k in range(n)]
+    lengths = [3 + (k * 5) % length for k in range(n)]
+    return [" ".join(WORDS[(k * 7 + j * (1 + k % 5)) % len(WORDS)] for j in range(lengths[k])) for k in range(n)]
 
 
 def write_shards(folder: Path, shards: int = 3, documents: int = 96, row_group: int = 32) -> Path:

@@ -39,7 +39,8 @@ FORBIDDEN_IN_PLAIN = {"ray", "wandb", "fastapi", "uvicorn", "starlette", "click"
 
 
 def rooms() -> set[str]:
-    return {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    found = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    return {path.stem if path.is_file() else path.name for path in found}
 
 
 def imports(path: Path, top_level_only: bool) -> set[str]:
@@ -99,7 +100,21 @@ def test_importing_plain_modules_loads_no_ray():
 
 
 def test_settings_load_neither_torch_nor_ray():
-    assert loaded_by(["nanochat_ray.config", "nanochat_ray.flags", "nanochat_ray.presets"], {"torch", "ray", "numpy"}) == "[]"
+    settings = ["nanochat_ray.config", "nanochat_ray.flags", "nanochat_ray.presets"]
+    assert loaded_by(settings, {"torch", "ray", "numpy"}) == "[]"
+
+
+def test_only_jobs_join_or_start_a_cluster():
+    for path in PACKAGE.rglob("*.py"):
+        assert "ray.init(" not in path.read_text(), path
+
+
+def test_nothing_loads_pickles_or_evaluates_text():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}, path
 
 
 def test_files_are_short():

@@ -23,11 +23,12 @@ def test_the_speedrun_of_the_spec():
     assert (found.pretrain.depth, found.run.workers, found.run.data) == (24, 8, "climbmix")
     assert (plan.total_batch_size, plan.num_iterations) == (1_048_576, 5_568)
     assert plan.grad_accum_steps(found.pretrain.device_batch_size, found.run.workers) == 4
-    assert found.pretrain.dtype if hasattr(found.pretrain, "dtype") else not found.pretrain.fp8
+    assert found.run.dtype is None and not found.pretrain.fp8  # bfloat16, by hardware
 
 
 @pytest.mark.parametrize(
-    "machine, name", [(Machine(0), "cpu"), (Machine(1, "A"), "d12"), (Machine(4, "A"), "d12"), (Machine(16, "A"), "d24")]
+    "machine, name",
+    [(Machine(0), "cpu"), (Machine(1, "A"), "d12"), (Machine(4, "A"), "d12"), (Machine(16, "A"), "d24")],
 )
 def test_the_hardware_chooses(machine, name):
     assert choose_preset(machine)[0] == name
@@ -47,7 +48,10 @@ def test_what_a_person_says_wins_over_the_preset():
     assert found.pretrain.head_dim == preset("smoke", Machine(0)).pretrain.head_dim
 
 
-@pytest.mark.parametrize("argv, words", [(["--preset", "d42"], "nearest: d32, d26, d24"), (["--pretrain.deph", "4"], "--pretrain.depth")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [(["--preset", "d42"], "nearest: d32, d26, d24"), (["--pretrain.deph", "4"], "--pretrain.depth")],
+)
 def test_the_nearest_name_is_offered(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         settings(*argv)
