@@ -93,7 +93,7 @@ def test_a_second_writer_is_refused_by_name(tiny_run):
 def test_one_stage_after_another_is_the_main_job_too(tmp_path, shards):
     flags = ("--no-ray", "--data", str(shards), "--model-tag", "d1")
     small = ("--depth=1", "--head-dim=16", "--aspect-ratio=32", "--max-seq-len=32", "--num-iterations=3",
-             "--total-batch-size=128", "--device-batch-size=4", "--eval-tokens=128", "--core-metric-every=-1")  # fmt: skip
+             "--total-batch-size=128", "--device-batch-size=4", "--eval-tokens=128")  # fmt: skip
     assert run(tmp_path, "tok_train.py", *flags, "--vocab-size", "300")[0] == 0
     assert run(tmp_path, "tok_eval.py", *flags)[0] == 0
     code, out = run(tmp_path, "pretrain.py", *flags, *small)

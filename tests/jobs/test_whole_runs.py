@@ -68,7 +68,8 @@ def test_a_killed_driver_and_the_same_command_a_second_later(calm, tmp_path):
     assert "pretrain: goes on" in out and "tokenizer: done before, skipped" in out
     result = json.loads((tmp_path / "smoke" / "pretrain" / "result.json").read_text())
     assert result["metrics"]["resumed_at"] >= 10
-    steps = [r["step"] for r in read_metrics(tmp_path / "smoke" / "pretrain" / "metrics.jsonl") if "train/loss_step" in r]
+    records = read_metrics(tmp_path / "smoke" / "pretrain" / "metrics.jsonl")
+    steps = [record["step"] for record in records if "train/loss_step" in record]
     assert steps == list(range(60))
     undisturbed = json.loads((calm / "pretrain" / "result.json").read_text())
     assert result["metrics"]["val/bpb"] == pytest.approx(undisturbed["metrics"]["val/bpb"], rel=2e-2)
