@@ -31,15 +31,15 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last dimension, kept with size 1."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
-    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
 
 
 class RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        r = inverse_rms(x, eps)
-        y = (wide(x) * r).to(x.dtype)
+        wide_x = wide(x)
+        r = inverse_rms(wide_x, eps)
+        y = (wide_x * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
@@ -47,14 +47,12 @@ class RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         y, r = ctx.saved_tensors
-        return _through_norm(wide(dy), wide(y), 1.0).mul_(r).to(y.dtype), None
+        return _across(wide(dy), wide(y), 1.0).mul_(r).to(y.dtype), None
 
 
-def _through_norm(dy: Tensor, y: Tensor, scale: float) -> Tensor:
-    """Gradient before a norm whose output times `scale` is y, still to be multiplied by the inverse rms."""
-    along = (dy * y).sum(dim=-1, keepdim=True).div_(-scale * y.size(-1))
-    if scale != 1.0:
-        dy = dy * scale
+def _across(dy: Tensor, y: Tensor, rms: float) -> Tensor:
+    """What of dy is at right angles to y, whose root mean square is `rms`: a norm lets nothing else through."""
+    along = (dy * y).sum(dim=-1, keepdim=True).div_(-(rms**2) * y.size(-1))
     return torch.addcmul(dy, y, along)
 
 
@@ -66,9 +64,9 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 class RotateAndNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: float) -> Tensor:
-        r = inverse_rms(x, eps)  # a rotation keeps the length, so the norm may be taken before it
-        swapped = x.roll(x.size(-1) // 2, dims=-1)
-        y = (wide(x) * cos).addcmul_(wide(swapped), sin).mul_(r * scale).to(x.dtype)
+        wide_x, swapped = wide(x), x.roll(x.size(-1) // 2, dims=-1)
+        r = inverse_rms(wide_x, eps).mul_(scale)  # a rotation keeps the length, so the norm may be taken before it
+        y = (wide_x * cos).addcmul_(wide(swapped), sin).mul_(r).to(x.dtype)
         ctx.save_for_backward(y, r, cos, sin)
         ctx.scale = scale
         return y
@@ -77,7 +75,7 @@ class RotateAndNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         y, r, cos, sin = ctx.saved_tensors
-        turned = _through_norm(wide(dy), wide(y), ctx.scale)
+        turned = _across(wide(dy), wide(y), ctx.scale)
         swapped = turned.roll(turned.size(-1) // 2, dims=-1)
         return turned.mul_(cos).addcmul_(swapped, sin, value=-1).mul_(r).to(y.dtype), None, None, None, None
 

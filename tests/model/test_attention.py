@@ -62,8 +62,8 @@ def test_attention_in_bfloat16_is_near_double_precision():
 @pytest.mark.parametrize("starts", [[9, 9], [4, 11]])
 @pytest.mark.parametrize("left", [-1, 5])
 def test_cached_attention_equals_whole_rows(dtype, H, K, T, starts, left):
-    config = ModelConfig(sequence_len=16, n_layer=1, n_head=H, n_kv_head=K, n_embd=8 * H)
-    q, k, v = (x.detach() for x in heads(2, max(starts) + T, H, K, 8))
+    config = ModelConfig(sequence_len=16, n_layer=1, n_head=H, n_kv_head=K, n_embd=16 * H)
+    q, k, v = (x.detach() for x in heads(2, max(starts) + T, H, K, 16))
     cache = KVCache(config, 2, max(starts) + T, "cpu", dtype)
     for row, start in enumerate(starts):
         cache.k[0, row, :start], cache.v[0, row, :start] = k[row, :start].to(dtype), v[row, :start].to(dtype)
