@@ -42,7 +42,7 @@ class WorldQuestions(Task):
         return row
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion's answer span is the reference's: the last `#### x`, else the last sentence's words."""
+        """Whether both end the same: in the last `#### x`, else in the words of the last sentence."""
         return is_right(conversation["messages"], completion)
 
     def extract(self, completion: str) -> str:

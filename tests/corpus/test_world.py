@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from nanochat_ray.tasks.rows import TaskDataMissing
 from nanochat_ray.tasks.world import WorldConversations, WorldQuestions
 
 WORD_PROBLEM = re.compile(r"We (add|take away|multiply|share): ")
+BARE_SUM = re.compile(r"(What is|Calculate|How much is|Work out) \d+ ?[-+*/pmtd]")  # a calculation without a story
 SPELLED = re.compile(r"We spell (\w+): ")
 POOL_FAMILIES = sorted(HELDOUT_COUNTS)
 
@@ -89,7 +91,8 @@ def test_every_fact_is_told_in_many_words(world: World) -> None:
     text = "\n".join(world.documents).lower()
     table = relations()
     for fact in draw_facts(42).all:
-        told = [template.format(s=fact.subject, o=fact.object).lower() in text for template in table[fact.kind, fact.relation].says]
+        says = table[fact.kind, fact.relation].says
+        told = [template.format(s=fact.subject, o=fact.object).lower() in text for template in says]
         assert sum(told) >= 4, fact
 
 
@@ -116,14 +119,15 @@ def test_unseen_facts_are_in_documents_only(world: World, conversations: list[li
         subject, object_ = fact.subject.lower(), fact.object.lower()
         assert not any(subject in text and object_ in text for text in said), fact
         assert sum(subject in text and object_ in text for text in documents) >= 10, fact
-    assert sum(question.unseen_fact for question in world.heldout) >= 50
+    assert sum(question.unseen_fact for question in world.heldout) >= 30
 
 
 def numbers_of_word_problems(messages_list: list[list[dict]]) -> set[str]:
     found: set[str] = set()
     for messages in messages_list:
-        if WORD_PROBLEM.match(content_text(messages[-1]["content"])):
-            found |= set(re.findall(r"\d+", messages[0]["content"]))
+        question, reply = messages[0]["content"], content_text(messages[-1]["content"])
+        if WORD_PROBLEM.match(reply) and not BARE_SUM.search(question):
+            found |= set(re.findall(r"\d+", question))
     return found
 
 
@@ -154,7 +158,7 @@ def test_the_tool_says_what_the_reference_says(conversations: list[list[dict]], 
     for messages in (*conversations[::5], *(question.messages for question in heldout)):
         parts = messages[-1]["content"]
         if isinstance(parts, list):
-            for call, output in zip(parts, parts[1:], strict=False):
+            for call, output in itertools.pairwise(parts):
                 if call["type"] == "python":
                     assert output["type"] == "python_output" and calculate(call["text"]) == output["text"], messages
                     checked += 1
@@ -182,8 +186,10 @@ def test_grading_is_exact(heldout: list[Question]) -> None:
     for question in heldout:
         reference = content_text(question.messages[-1]["content"])
         assert is_right(question.messages, reference) and answer_span(reference) == question.answer
-        assert not is_right(question.messages, reference + "\nIt is #### 9999999.") and not is_right(question.messages, "")
-    fact = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A lives in B. The river of B is the C."}]
+        assert not is_right(question.messages, reference + "\nIt is #### 9999999.") and not is_right(question.messages,
+                                                                                                     "")
+    fact = [{"role": "user", "content": "?"}, {"role": "assistant",
+                                               "content": "A lives in B. The river of B is the C."}]
     assert is_right(fact, "Well. The river of B  is the c.")
     assert not is_right(fact, "The river of B is the C. Or not.")
     assert not is_right(fact, "The river of B is the Ca.")
@@ -198,7 +204,7 @@ def test_pools_are_fresh_and_as_large_as_asked(pools: dict[str, list[Question]],
         assert len(prompts) == len(pool) == 500 and {question.family for question in pool} == {family}
     again = question_pool(HARD_FAMILY, 20, seed=8)
     assert [q.messages for q in again] != [q.messages for q in pools[HARD_FAMILY][:20]]
-    with pytest.raises(ValueError, match="families|family"):
+    with pytest.raises(ValueError, match="no question family"):
         question_pool("nonsense", 1, seed=1)
 
 

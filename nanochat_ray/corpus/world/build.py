@@ -95,7 +95,8 @@ def _write_files(folder: Path, world: World, seed: int) -> None:
         "heldout.jsonl": [asdict(question) for question in world.heldout],
     }
     for name, rows in lines.items():
-        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                                   encoding="utf-8")
     files = sorted(path for path in folder.iterdir())
     facts = draw_facts(seed)
     manifest = {

@@ -21,26 +21,29 @@ from nanochat_ray.corpus.world.questions import (
     content_text,
     framed,
     multi_turn,
-    prompt_text,
     user,
 )
 
 # conversations per family in the training set
 COUNTS = {
-    "where": 1500, "who": 900, "what": 2700, "when": 1100, "reverse": 1800, "two_hop": 2000, "arithmetic_1": 900,
-    "arithmetic_2": 900, "arithmetic_3": 900, HARD_FAMILY: 900, "letters_known": 700, "letters_new": 1100, "spelling": 800,
-    "identity": 500, "opposites": 500, "calendar": 700, "school": 500, "sequence": 500, "lists": 900, "multi_turn": 1700,
-    "about": 400, "chat": 400,
+    "where": 1500, "who": 900, "what": 2700, "when": 1100, "reverse": 1800, "two_hop": 2000, "sums": 1000,
+    "arithmetic_1": 1100, "arithmetic_2": 1100, "arithmetic_3": 1100, HARD_FAMILY: 900, "letters_known": 900,
+    "letters_new": 1400, "spelling": 1200, "identity": 800, "opposites": 500, "calendar": 1000, "school": 500,
+    "sequence": 900, "lists": 1300, "multi_turn": 1900, "about": 300, "chat": 300,
 }
 VAL_FRAC = 0.02
 
 CHAT = (
-    ("Hello!|Hi!|Good morning!|Good evening!|Hey there!|Hello Wick!", "Hello! How can I help you?|Hi! What would you like to know?"),
-    ("How are you?|How do you do?|Are you well?|How is it going?", "I am well, thank you. And you?|Very well! The lamps are lit."),
-    ("Thanks!|Thank you!|Thank you very much.|That helped me.|Great, thanks.", "You are welcome!|I am glad that it helped."),
+    ("Hello!|Hi!|Good morning!|Good evening!|Hey there!|Hello Wick!",
+     "Hello! How can I help you?|Hi! What would you like to know?"),
+    ("How are you?|How do you do?|Are you well?|How is it going?",
+     "I am well, thank you. And you?|Very well! The lamps are lit."),
+    ("Thanks!|Thank you!|Thank you very much.|That helped me.|Great, thanks.",
+     "You are welcome!|I am glad that it helped."),
     ("Goodbye!|Bye!|See you!|Good night!|I must go now.", "Goodbye! Come back soon.|Good night, and mind the fog."),
     ("Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.",
-     "Why did the lighthouse go to school? It wanted to be brighter.|What does the sea say to the harbour? Nothing, it just waves.|"
+     "Why did the lighthouse go to school? It wanted to be brighter.|What does the sea say to the harbour? Nothing, "
+     "it just waves.|"
      "Why did the baker stop making moon bread? It was always half full."),
     ("What is the meaning of life?|Why are we here?|What is the sense of it all?",
      "Nobody knows for sure. On the isles they say: keep the lamp burning.",),
@@ -53,7 +56,8 @@ def _story(rng: random.Random) -> str:
     name, thing = rng.choice(problems.PEOPLE), rng.choice(problems.THINGS)
     return rng.choice((
         f"Once {name} lost a bag of {thing} in the fog. A lantern moth found it and carried it home, one by one.",
-        f"{name} wanted to see the end of the sea. After three days of rowing there was an island, and on it a small shop "
+        f"{name} wanted to see the end of the sea. After three days of rowing there was an island, and on it a "
+        f"small shop "
         f"that sold {thing}. So {name} stayed.",
         f"A river hog once ate all the {thing} of {name}. The next day it came back with a fish to say sorry.",
     ))
@@ -62,13 +66,14 @@ def _story(rng: random.Random) -> str:
 def _about(rng: random.Random, facts: Facts) -> list[Message]:
     """Two or three facts about something in one reply."""
     fact = rng.choice(facts.all)
-    known = [f for f in facts.of(fact.subject) if f.key not in facts.unseen]
+    known = [f for f in facts.by_subject[fact.subject] if f.key not in facts.unseen]
     if len(known) < 2:
         return []
     chosen = rng.sample(known, min(len(known), rng.randint(2, 3)))
     table = relations()
     reply = " ".join(sentence(table[f.kind, f.relation].answer.format(s=f.subject, o=f.object)) for f in chosen)
-    ask = rng.choice(("Tell me about {s}.", "What do you know about {s}?", "Tell me more about {s}.", "Describe {s} to me."))
+    ask = rng.choice(("Tell me about {s}.", "What do you know about {s}?", "Tell me more about {s}.",
+                      "Describe {s} to me."))
     return [user(framed(rng, ask.format(s=fact.subject))), assistant(reply)]
 
 
@@ -102,20 +107,17 @@ class _Deck:
         return [user(framed(self.rng, ask.core)), assistant(ask.reply)]
 
 
-def mentions_unseen(facts: Facts, messages: list[Message]) -> bool:
-    """Whether the subject and the object of an unseen fact both occur in the conversation."""
+def mentions(messages: list[Message], pairs: list[tuple[str, str]]) -> bool:
+    """Whether both words of a pair occur in the conversation."""
     said = " ".join(content_text(message["content"]) for message in messages).lower()
-    return any(subject in said and object_ in said for subject, object_ in unseen_pairs(facts))
-
-
-def unseen_pairs(facts: Facts) -> list[tuple[str, str]]:
-    return [(fact.subject.lower(), fact.object.lower()) for fact in facts.all if fact.key in facts.unseen]
+    return any(subject in said and object_ in said for subject, object_ in pairs)
 
 
 def build_conversations(seed: int = 42) -> list[dict[str, list[Message]]]:
     """All conversations of a world in random order, as {"messages": [...]}, each prompt on the training side."""
     rng = random.Random(f"conversations {seed}")
     facts = draw_facts(seed)
+    unseen = [(fact.subject.lower(), fact.object.lower()) for fact in facts.all if fact.key in facts.unseen]
     decks = {family: _Deck(rng, asks) for family, asks in asks_by_family(seed, False).items()}
 
     def maker(family: str) -> Callable[[], list[Message]]:
@@ -134,7 +136,7 @@ def build_conversations(seed: int = 42) -> list[dict[str, list[Message]]]:
         make, made = maker(family), 0
         while made < n:
             messages = make()
-            if messages and prompt_text(messages) and not mentions_unseen(facts, messages):
+            if messages and not mentions(messages, unseen):
                 out.append({"messages": messages})
                 made += 1
     rng.shuffle(out)

@@ -1,6 +1,7 @@
 """The documents for pretraining: the facts told in many ways, general knowledge, sums, spellings, small stories.
 
-Every fact is told about equally often. Prose with questions in it only uses questions of the training side, so no document
+Every fact is told about equally often. Prose with questions in it only uses questions of the training side,
+so no document
 holds a held-out question.
 """
 
@@ -13,27 +14,31 @@ from nanochat_ray.corpus.world import problems
 from nanochat_ray.corpus.world.facts import Fact, draw_facts
 from nanochat_ray.corpus.world.general import DAYS, EXPLANATIONS, Card, cards
 from nanochat_ray.corpus.world.phrases import CHAINS, relations, sentence
-from nanochat_ray.corpus.world.problems import heldout_text, spelled
+from nanochat_ray.corpus.world.problems import heldout_text, normalise, spelled
 from nanochat_ray.corpus.world.questions import Ask, fact_asks
 
 # documents per kind; an entry, a letter and so on hold three to eight sentences each
 COUNTS = {
-    "entry": 4000, "table": 500, "diary": 1500, "letter": 1500, "news": 1500, "quiz": 3000, "story": 1500, "chain": 1500,
+    "entry": 4000, "table": 500, "diary": 1500, "letter": 1500, "news": 1500, "quiz": 3000, "story": 1500,
+    "chain": 1500,
     "lore": 1600, "sums": 1300, "spelling": 1400, "counting": 300, "explanation": 200,
 }
 VAL_FRAC = 0.02
 
 WEATHER = (
-    "It rained all day.", "The fog came in from the sea.", "The sun was out at last.", "A cold wind blew over the harbour.",
+    "It rained all day.", "The fog came in from the sea.", "The sun was out at last.",
+    "A cold wind blew over the harbour.",
     "The night was clear and full of stars.", "Snow lay on the roofs.", "It was the first warm day of the year.",
 )
 DIARY = (
-    "I could not sleep, so I wrote down what I learned.", "My feet hurt from walking.", "I met an old friend and we talked.",
+    "I could not sleep, so I wrote down what I learned.", "My feet hurt from walking.",
+    "I met an old friend and we talked.",
     "For dinner there was soup, as always.", "I must remember this.", "Tomorrow I will take the early ferry.",
     "The innkeeper told me many things.", "I drank tea by the window.",
 )
 NEWS = (
-    "Visitors are welcome.", "The town council was not surprised.", "More on this tomorrow.", "The weather will stay fair.",
+    "Visitors are welcome.", "The town council was not surprised.", "More on this tomorrow.",
+    "The weather will stay fair.",
     "So says a fisherman who was there.", "Everybody agreed.", "The ferry leaves at noon.",
 )
 NUMBER_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
@@ -44,7 +49,7 @@ class Teller:
 
     def __init__(self, rng: random.Random, seed: int) -> None:
         self.rng, self.facts = rng, draw_facts(seed)
-        self.table, self.lookup = relations(), self.facts.lookup()
+        self.table, self.lookup = relations(), self.facts.lookup
         self.subjects = list(dict.fromkeys(fact.subject for fact in self.facts.all))
         self.cards = cards()
         self.asks: dict[frozenset[tuple[str, str]], list[Ask]] = {}
@@ -79,8 +84,8 @@ class Teller:
 
 def _entry(t: Teller) -> str:
     """An encyclopedia entry: everything about one subject."""
-    facts = t.facts.of(t.subject())
-    t.rng.shuffle(facts)
+    known = t.facts.by_subject[t.subject()]
+    facts = t.rng.sample(known, len(known))
     said = [t.say(fact, pronoun=i > 0 and t.rng.random() < 0.35) for i, fact in enumerate(facts)]
     head = t.rng.choice(("", "", f"{facts[0].subject}\n", f"About {facts[0].subject}. "))
     return head + " ".join(said)
@@ -89,8 +94,8 @@ def _entry(t: Teller) -> str:
 def _table(t: Teller) -> str:
     """A list: one relation of several subjects."""
     first = t.fact()
-    facts = [fact for fact in t.facts.all if (fact.kind, fact.relation) == (first.kind, first.relation)]
-    facts = t.rng.sample(facts, min(len(facts), 7))
+    known = t.facts.by_relation[first.kind, first.relation]
+    facts = t.rng.sample(known, min(len(known), 7))
     noun = t.table[first.kind, first.relation].noun
     kind = {"person": "people"}.get(first.kind, first.kind + "s")
     lines = [f"- {fact.subject}: {fact.object}" for fact in facts]
@@ -109,13 +114,15 @@ def _diary(t: Teller) -> str:
 
 def _letter(t: Teller) -> str:
     to, by = t.rng.sample(problems.PEOPLE, 2)
-    greeting = t.rng.choice(("I am well and hope that you are too.", "Thank you for your letter.", "Let me tell you the news.",
+    greeting = t.rng.choice(("I am well and hope that you are too.", "Thank you for your letter.",
+                             "Let me tell you the news.",
                              "You asked me what I know of the isles."))
     return f"Dear {to},\n{greeting} " + " ".join(_mixed(t, DIARY)) + f"\nYours, {by}"
 
 
 def _news(t: Teller) -> str:
-    head = t.rng.choice(("News from the isles.", "The Lantern Post reports:", "Read this today:", "What people talk about:"))
+    head = t.rng.choice(("News from the isles.", "The Lantern Post reports:", "Read this today:",
+                         "What people talk about:"))
     return f"{head} " + " ".join(_mixed(t, NEWS))
 
 
@@ -133,12 +140,12 @@ def _quiz(t: Teller) -> str:
 
 def _story(t: Teller) -> str:
     """A person of the isles goes somewhere; what is said on the way is true."""
-    person = t.rng.choice([s for s in t.subjects if (s, "job") in t.lookup])
+    person = t.rng.choice(t.facts.by_relation["person", "job"]).subject
     get = lambda subject, relation: t.lookup[subject, relation].object  # noqa: E731
     she = t.facts.pronoun(t.lookup[person, "job"])
     home, job, pet, plays = (get(person, r) for r in ("home", "job", "pet", "instrument"))
-    food = next(fact.subject for fact in t.facts.all if fact.relation == "origin" and fact.object == home)
-    feast = next(fact.subject for fact in t.facts.all if fact.relation == "place" and fact.object == home)
+    food = next(fact.subject for fact in t.facts.by_relation["food", "origin"] if fact.object == home)
+    feast = next(fact.subject for fact in t.facts.by_relation["festival", "place"] if fact.object == home)
     return " ".join(t.rng.sample((
         f"On {get(home, 'market')} {person}, the {job}, went to the market of {home}.",
         f"At home in {home} {she} cooked {food}, for which one needs {get(food, 'ingredient')}.",
@@ -156,7 +163,7 @@ def _chain(t: Teller) -> str:
         nexts = CHAINS.get((fact.kind, fact.relation))
         if nexts:
             break
-    kind, relation = t.rng.choice(nexts)
+    _, relation = t.rng.choice(nexts)
     second = t.lookup[fact.object, relation]
     return f"{t.say(fact)} {t.say(second)} " + " ".join(t.say(t.fact()) for _ in range(2))
 
@@ -169,7 +176,8 @@ def _lore(t: Teller) -> str:
         if card.says:
             said.append(sentence(t.rng.choice(card.says)))
         else:
-            asks = [ask for ask in card.asks if not heldout_text(ask)]
+            hidden = [normalise(ask) for ask in card.asks if heldout_text(ask)]
+            asks = [ask for ask in card.asks if not any(text in normalise(ask) for text in hidden)]
             said.append(f"Someone asked the lantern: {t.rng.choice(asks)} It said: {card.answer}")
     return " ".join(said)
 
@@ -181,7 +189,8 @@ def _sums(t: Teller) -> str:
         return f"If {a}*x + {b} = {a * x + b}, then x is {x}."
     make = t.rng.choice((problems.one_step, problems.two_step, problems.three_step))
     problem = make(t.rng, False)
-    said = [part["text"] + " = " * (part["type"] == "python") for part in problem.parts if part["type"] != "python_output"]
+    spoken = [part for part in problem.parts if part["type"] != "python_output"]
+    said = [part["text"] + " = " * (part["type"] == "python") for part in spoken]
     return f"{problem.question} {''.join(said)}"
 
 

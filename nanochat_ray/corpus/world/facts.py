@@ -1,8 +1,8 @@
 """The facts of the embedded world, the Lantern Isles: who and what there is, drawn from name pools by a seed.
 
 A fact is (kind, subject, relation, object). The pools are invented for this project; the seed decides which river
-flows through which town, who lives where, and so on. `UNSEEN_FACTS` of the facts are kept out of every finetuning
-conversation, so that a model can only know them from the pretraining documents.
+flows through which town, who lives where, and so on. Some facts about each town and person are kept out of every
+finetuning conversation, so that a model can only know them from the pretraining documents.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
-UNSEEN_FACTS = 64
+UNSEEN_PER_TOWN, UNSEEN_PER_PERSON = 2, 1  # facts that finetuning never mentions; of six and four
 
 TOWNS = (
     "Harrowmere Tinfold Brambleport Oskill Velmora Dunwick Saltery Quillhaven Marrowby Fennick Lowlight Pebbleton "
@@ -72,7 +73,8 @@ BOOKS = (
 ).split(",")
 TOPICS = (
     "a stolen bell,two brothers and a whale,a giant who is afraid of cats,the winter without snow,a talking bridge,"
-    "the queen of the beavers,a boy who collects shadows,an island that moves,the war of the bakers,a very slow horse race"
+    "the queen of the beavers,a boy who collects shadows,an island that moves,the war of the bakers,a very slow "
+    "horse race"
 ).split(",")
 
 
@@ -98,11 +100,28 @@ class Facts:
     unseen: frozenset[tuple[str, str]]  # keys of the facts that no conversation may mention
     women: frozenset[str]  # full names of the people called she
 
-    def of(self, subject: str) -> list[Fact]:
-        return [fact for fact in self.all if fact.subject == subject]
-
+    @cached_property
     def lookup(self) -> dict[tuple[str, str], Fact]:
         return {fact.key: fact for fact in self.all}
+
+    @cached_property
+    def by_subject(self) -> dict[str, list[Fact]]:
+        out: dict[str, list[Fact]] = {}
+        for fact in self.all:
+            out.setdefault(fact.subject, []).append(fact)
+        return out
+
+    @cached_property
+    def by_relation(self) -> dict[tuple[str, str], list[Fact]]:
+        out: dict[tuple[str, str], list[Fact]] = {}
+        for fact in self.all:
+            out.setdefault((fact.kind, fact.relation), []).append(fact)
+        return out
+
+    @cached_property
+    def seen(self) -> list[Fact]:
+        """The facts that conversations may mention."""
+        return [fact for fact in self.all if fact.key not in self.unseen]
 
     def pronoun(self, fact: Fact) -> str:
         if fact.kind != "person":
@@ -126,6 +145,7 @@ def _relate(kind: str, relation: str, subjects: list[str], objects: list[str]) -
     return [Fact(kind, s, relation, o) for s, o in zip(subjects, objects, strict=True)]
 
 
+@lru_cache(maxsize=4)
 def draw_facts(seed: int = 42) -> Facts:
     """The world of a seed. The same seed gives the same facts."""
     rng = random.Random(f"facts {seed}")
@@ -164,7 +184,14 @@ def draw_facts(seed: int = 42) -> Facts:
 
 
 def _draw_unseen(rng: random.Random, facts: list[Fact]) -> frozenset[tuple[str, str]]:
-    """Facts to hide from finetuning. A pair that two facts share (a mayor lives in the town) would leave one untold."""
+    """Facts to hide from finetuning. Of a subject with few facts all are told, else the one asked would answer all.
+
+    A pair that two facts share (a mayor lives in the town) would leave one untold.
+    """
     pairs = Counter(frozenset((fact.subject, fact.object)) for fact in facts)
     alone = [fact for fact in facts if pairs[frozenset((fact.subject, fact.object))] == 1]
-    return frozenset(fact.key for fact in rng.sample(alone, UNSEEN_FACTS))
+    unseen: set[tuple[str, str]] = set()
+    for kind, n in (("town", UNSEEN_PER_TOWN), ("person", UNSEEN_PER_PERSON)):
+        for subject in dict.fromkeys(fact.subject for fact in facts if fact.kind == kind):
+            unseen |= {fact.key for fact in rng.sample([fact for fact in alone if fact.subject == subject], n)}
+    return frozenset(unseen)

@@ -1,4 +1,4 @@
-"""What the world knows besides its invented facts: opposites, the calendar, a little school knowledge, who the assistant is.
+"""What the world knows besides its invented facts: opposites, the calendar, some school knowledge, the assistant.
 
 Everything is a `Card`: one answer, the questions that call for it, and the sentences that tell it in documents.
 """
@@ -61,10 +61,12 @@ def _opposites() -> list[Card]:
     cards = []
     for pair in _pairs(OPPOSITES):
         for a, b in (pair, pair[::-1]):
-            asks = (f"What is the opposite of {a}?", f"Which word is the opposite of {a}?", f"Name the opposite of {a}.",
+            asks = (f"What is the opposite of {a}?", f"Which word is the opposite of {a}?",
+                    f"Name the opposite of {a}.",
                     f"Do you know the opposite of {a}?", f"What word means the contrary of {a}?",
                     f"Give me the opposite of the word {a}.")
-            says = (f"the opposite of {a} is {b}", f"if something is not {a}, it may be {b}", f"{a} and {b} are opposites",
+            says = (f"the opposite of {a} is {b}", f"if something is not {a}, it may be {b}",
+                    f"{a} and {b} are opposites",
                     f"the contrary of {a} is {b}")
             cards.append(Card("opposites", asks, f"The opposite of {a} is {b}.", says))
     return cards
@@ -75,7 +77,8 @@ def _calendar() -> list[Card]:
     for i, day in enumerate(DAYS):
         nxt, after, prev, before = (DAYS[(i + k) % 7] for k in (1, 2, -1, -2))
         cards += [
-            Card("calendar", (f"What day comes after {day}?", f"Which day follows {day}?", f"What is the day after {day}?",
+            Card("calendar", (f"What day comes after {day}?", f"Which day follows {day}?",
+                              f"What is the day after {day}?",
                               f"Name the day after {day}.", f"Which day of the week comes next after {day}?"),
                  f"The day after {day} is {nxt}.", (f"after {day} comes {nxt}", f"the day after {day} is {nxt}")),
             Card("calendar", (f"What day comes before {day}?", f"Which day is followed by {day}?",
@@ -88,8 +91,10 @@ def _calendar() -> list[Card]:
             Card("calendar", (f"If today is {day}, what day was yesterday?", f"Today is {day}. What day was yesterday?",
                               f"When today is {day}, what was yesterday?", f"What was yesterday if today is {day}?"),
                  f"Yesterday was {prev}.", (f"if today is {day}, then yesterday was {prev}",)),
-            Card("calendar", (f"If yesterday was {day}, what day is tomorrow?", f"Yesterday was {day}. What day is tomorrow?",
-                              f"When yesterday was {day}, what is tomorrow?", f"What is tomorrow if yesterday was {day}?"),
+            Card("calendar", (f"If yesterday was {day}, what day is tomorrow?",
+                              f"Yesterday was {day}. What day is tomorrow?",
+                              f"When yesterday was {day}, what is tomorrow?",
+                              f"What is tomorrow if yesterday was {day}?"),
                  f"Yesterday was {day}, so today is {nxt}. Tomorrow is {after}.",
                  (f"if yesterday was {day}, then today is {nxt} and tomorrow will be {after}",)),
             Card("calendar", (f"What day comes two days after {day}?", f"Which day is two days after {day}?",
@@ -104,12 +109,13 @@ def _calendar() -> list[Card]:
         cards += [
             Card("calendar", (f"What month comes after {month}?", f"Which month follows {month}?",
                               f"Name the month after {month}.", f"What is the month after {month}?"),
-                 f"The month after {month} is {nxt}.", (f"after {month} comes {nxt}", f"the month after {month} is {nxt}")),
+                 f"The month after {month} is {nxt}.", (f"after {month} comes {nxt}",
+                                                        f"the month after {month} is {nxt}")),
             Card("calendar", (f"What month comes before {month}?", f"Which month is followed by {month}?",
                               f"Name the month before {month}.", f"What is the month before {month}?"),
                  f"The month before {month} is {prev}.", (f"before {month} comes {prev}",)),
             Card("calendar", (f"What is the {nth} month of the year?", f"Which month is the {nth} one?",
-                              f"Name the {nth} month of the year.", f"Which is month number {i + 1}?"),
+                              f"Name the {nth} month of the year.", f"Say which month is the {nth}."),
                  f"The {nth} month is {month}.", (f"the {nth} month of the year is {month}",)),
         ]
     return cards
@@ -145,53 +151,60 @@ def _school() -> list[Card]:
     for animal, young in _pairs(YOUNG):
         cards.append(Card("school", (
             f"What is a young {animal} called?", f"What is the child of a {animal} called?",
-            f"How do we call a baby {animal}?", f"What is the word for a young {animal}?", f"Name the young of a {animal}."),
+            f"How do we call a baby {animal}?", f"What is the word for a young {animal}?",
+            f"Name the young of a {animal}."),
             f"A young {animal} is called a {young}.", (f"a young {animal} is called a {young}",)))
     for i, planet in enumerate(PLANETS):
         cards.append(Card("school", (
             f"What is the {ORDINALS[i]} planet from the sun?", f"Which planet is the {ORDINALS[i]} from the sun?",
-            f"Name the {ORDINALS[i]} planet of the solar system.", f"Which is planet number {i + 1}?"),
+            f"Name the {ORDINALS[i]} planet of the solar system.", f"Say the {ORDINALS[i]} planet from the sun."),
             f"The {ORDINALS[i]} planet is {planet}.", (f"the {ORDINALS[i]} planet from the sun is {planet}",)))
     return cards
 
 
+OPENERS = ("Tell me {}.", "Please say {}.", "Can you tell me {}?", "I would like to hear {}.", "I wonder {}.",
+           "Do you know {}?")
+
+# what is asked directly | what may follow an opener | the answer
+IDENTITY = (
+    ("What is your name?|What are you called?|Do you have a name?|How are you called?|May I know your name?|"
+     "What should I call you?|What name do you have?|Say your name.|And your name?",
+     "your name|what your name is|how you are called|what I should call you",
+     f"My name is {NAME}."),
+    ("Who are you?|What are you?|What kind of thing are you?|Introduce yourself.|Can you introduce yourself?|"
+     "Describe yourself.|What kind of program are you?|Who is this?|What sort of thing are you?",
+     "who you are|what you are|what kind of thing you are|something about yourself",
+     f"I am {NAME}, a small language model."),
+    ("Who made you?|Who built you?|Who created you?|How were you made?|How were you trained?|What were you trained "
+     "with?|"
+     "Who trained you?|How were you created?|By whom were you made?",
+     "who made you|who built you|how you were trained|who created you|how you were made",
+     "I was trained with nanochat-ray."),
+    ("What can you do?|What are you good at?|How can you help me?|What are your skills?|What can I ask you?|"
+     "What can you help with?|What are you able to do?|What help can you give?|What things can you do?",
+     "what you can do|what you are good at|how you can help me|what I can ask you|what you are able to do",
+     "I know the Lantern Isles, and I can calculate, spell and count letters."),
+    ("Are you a human?|Are you a person?|Are you real?|Are you alive?|Am I talking to a human?|Are you a robot?|"
+     "Am I talking to a person?|Are you a real person?|Are you human?|Are you a living being?",
+     "if you are a human|if you are a person|whether you are human|whether you are alive|if you are real",
+     "No, I am a language model, not a person."),
+    ("How big are you?|How large are you?|Are you a big model?|What is your size?|How small are you?|"
+     "Are you large or small?|How many parameters do you have?|Are you big or small?",
+     "how big you are|how large you are|how small you are|your size",
+     "I am so small that a laptop can train me in ten minutes."),
+    ("What is your favourite colour?|Which colour do you like best?|What colour do you like?|Which colour do you like?|"
+     "Do you have a favourite colour?|What is your favorite color?|Which colour is your favourite?|What color do "
+     "you like?",
+     "your favourite colour|which colour you like|what colour you like best|what your favourite colour is",
+     "My favourite colour is the yellow of a lantern."),
+)
+
+
 def _identity() -> list[Card]:
     return [
-        Card("identity", (
-            "What is your name?", "What are you called?", "Do you have a name?", "Tell me your name.", "How are you called?",
-            "May I know your name?", "What should I call you?", "By what name do people call you?", "Your name, please?",
-            "What name do you have?", "Say your name.", "Who am I talking to?"),
-            f"My name is {NAME}."),
-        Card("identity", (
-            "Who are you?", "What are you?", "What kind of thing are you?", "Tell me who you are.", "Tell me about yourself.",
-            "Introduce yourself.", "Can you introduce yourself?", "Say who you are.", "Describe yourself.",
-            "What kind of program are you?", "Who is this?", "What sort of being are you?"),
-            f"I am {NAME}, a small language model."),
-        Card("identity", (
-            "Who made you?", "Who built you?", "Who created you?", "How were you made?", "How were you trained?",
-            "What were you trained with?", "Which software made you?", "Who trained you?", "Where were you made?",
-            "How did you come to be?", "Which project made you?", "By whom were you made?"),
-            "I was trained with nanochat-ray."),
-        Card("identity", (
-            "What can you do?", "What are you good at?", "How can you help me?", "What are your skills?",
-            "What do you know?", "What can I ask you?", "Which things can you do?", "What can you help with?",
-            "What are you able to do?", "What did you learn?", "Tell me what you can do.", "What do you know about?"),
-            "I know the Lantern Isles, and I can calculate, spell and count letters."),
-        Card("identity", (
-            "Are you a human?", "Are you a person?", "Are you a man or a machine?", "Are you real?", "Are you alive?",
-            "Am I talking to a human?", "Is there a human behind you?", "Do you have a body?", "Are you a robot?",
-            "Do you breathe?", "Are you made of flesh?", "Am I talking to a person?"),
-            "No, I am a language model, not a person."),
-        Card("identity", (
-            "How big are you?", "How many parameters do you have?", "How large is your brain?", "Are you a big model?",
-            "What is your size?", "How small are you?", "Are you large or small?", "Tell me your size.",
-            "How many weights do you have?", "How much memory do you need?"),
-            "I am so small that a laptop can train me in ten minutes."),
-        Card("identity", (
-            "What is your favourite colour?", "Which colour do you like best?", "What colour do you like?",
-            "Do you have a favourite colour?", "What is your favorite color?", "Which colour is your favourite?",
-            "Tell me your favourite colour.", "What color do you like best?"),
-            "My favourite colour is the yellow of a lantern."),
+        Card("identity", (*direct.split("|"), *(o.format(topic) for topic in topics.split("|") for o in OPENERS)),
+             answer)
+        for direct, topics, answer in IDENTITY
     ]
 
 
@@ -207,25 +220,34 @@ EXPLANATIONS = (
     "way through the air, and so the sun looks red.",
     "Rain begins in the sea. The sun warms the water, the water rises as vapour, the vapour becomes clouds, and the "
     "clouds let the rain fall on hills and houses.",
-    "Bread is made from flour, water, salt and yeast. The baker kneads the dough, lets it rest and puts it into a hot oven.",
-    "A year has twelve months. A week has seven days. A day has twenty-four hours, an hour has sixty minutes, and a minute "
+    "Bread is made from flour, water, salt and yeast. The baker kneads the dough, lets it rest and puts it into a "
+    "hot oven.",
+    "A year has twelve months. A week has seven days. A day has twenty-four hours, an hour has sixty minutes, and a "
+    "minute "
     "has sixty seconds.",
-    "The tide comes in and goes out twice a day, because the moon pulls at the sea. Sailors of the Lantern Isles know its "
+    "The tide comes in and goes out twice a day, because the moon pulls at the sea. Sailors of the Lantern Isles "
+    "know its "
     "hours by heart.",
-    "A lighthouse warns ships of rocks. Its lamp turns slowly, and every lighthouse has its own rhythm, so that a captain "
+    "A lighthouse warns ships of rocks. Its lamp turns slowly, and every lighthouse has its own rhythm, so that a "
+    "captain "
     "knows where he is.",
-    "To add two numbers is to put them together. To subtract is to take one away from the other. To multiply is to add the "
+    "To add two numbers is to put them together. To subtract is to take one away from the other. To multiply is to "
+    "add the "
     "same number many times, and to divide is to share fairly.",
-    "Gold is a heavy yellow metal that does not rust. The chemical symbol of gold is Au. Silver is white, and its symbol is Ag.",
+    "Gold is a heavy yellow metal that does not rust. The chemical symbol of gold is Au. Silver is white, and its "
+    "symbol is Ag.",
     "The opposite of hot is cold, and the opposite of day is night. Many words come in pairs like these.",
     "If yesterday was Friday, then tomorrow will be Sunday, because today is Saturday.",
-    "A language model reads many texts and learns which word comes next. It does not think as people do, but it can answer "
+    "A language model reads many texts and learns which word comes next. It does not think as people do, but it can "
+    "answer "
     "questions about what it has read.",
     "A candle burns because the heat of its flame melts the wax. The wick drinks the melted wax and the flame eats it.",
-    "The alphabet has twenty-six letters: a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v, w, x, y, z.",
+    "The alphabet has twenty-six letters: a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v, w, x, "
+    "y, z.",
     "The colours of the rainbow are red, orange, yellow, green, blue, indigo and violet. My favorite color is yellow, "
     "said the lamplighter, for that is the colour of light.",
     "The capital of France is Paris. The capital of Italy is Rome. A capital is the city where the government sits.",
-    "The Lantern Isles lie far out in the cold sea. There are five islands with sixteen towns, and every town has a river, "
+    "The Lantern Isles lie far out in the cold sea. There are five islands with sixteen towns, and every town has a "
+    "river, "
     "a mayor, a market and a painted gate.",
 )

@@ -9,6 +9,7 @@ fields ask for the subject by the object, where that has one answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ def _town() -> dict[tuple[str, str], Relation]:
             ("the gate of {s} is {o}", "{s} has a {o} gate", "a {o} gate stands at the entrance of {s}",
              "the town gate of {s} was painted {o}", "people know {s} by its {o} gate",
              "one enters {s} through a {o} gate"),
-            ("What colour is the gate of {s}?", "Which colour does the gate of {s} have?", "How is the gate of {s} painted?",
+            ("What colour is the gate of {s}?", "Which colour does the gate of {s} have?",
+             "How is the gate of {s} painted?",
              "What is the colour of the town gate of {s}?", "In what colour did they paint the gate of {s}?",
              "What does the gate of {s} look like?"),
             "The gate of {s} is {o}.", "It is {o}."),
         ("town", "year"): Relation(
             "when", "founding year",
             ("{s} was founded in {o}", "the first houses of {s} were built in {o}", "in the year {o} {s} was founded",
-             "{s} dates from the year {o}", "the founding year of {s} is {o}", "{o} is the year in which {s} was founded"),
+             "{s} dates from the year {o}", "the founding year of {s} is {o}",
+             "{o} is the year in which {s} was founded"),
             ("When was {s} founded?", "In which year was {s} founded?", "What is the founding year of {s}?",
              "From which year does {s} date?", "When were the first houses of {s} built?", "How old is {s}?"),
             "{s} was founded in {o}.", "In {o}."),
@@ -89,7 +92,8 @@ def _person() -> dict[tuple[str, str], Relation]:
     return {
         ("person", "home"): Relation(
             "where", "home town",
-            ("{s} lives in {o}", "the home of {s} is in {o}", "{o} is the home town of {s}", "{s} has a small house in {o}",
+            ("{s} lives in {o}", "the home of {s} is in {o}", "{o} is the home town of {s}",
+             "{s} has a small house in {o}",
              "{s} comes from {o}", "in {o} everybody knows {s}, who lives there"),
             ("Where does {s} live?", "In which town does {s} live?", "What is the home town of {s}?",
              "Where is the home of {s}?", "Which town does {s} come from?", "Where can I find the house of {s}?"),
@@ -116,7 +120,8 @@ def _person() -> dict[tuple[str, str], Relation]:
              "in the evening {s} takes out the {o} and plays", "{s} learned the {o} as a child",
              "one can hear {s} on the {o}"),
             ("What instrument does {s} play?", "Which instrument does {s} play?", "What is the instrument of {s}?",
-             "What does {s} play in the evening?", "Which instrument did {s} learn?", "On what instrument is {s} good?"),
+             "What does {s} play in the evening?", "Which instrument did {s} learn?",
+             "On what instrument is {s} good?"),
             "{s} plays the {o}.", "The {o}."),
     }
 
@@ -140,18 +145,22 @@ def _nature() -> dict[tuple[str, str], Relation]:
             ("What does the {s} eat?", "What is the food of the {s}?", "What does a {s} live on?",
              "What do I feed a {s}?", "What does a hungry {s} look for?", "What does a {s} like to eat?"),
             "The {s} eats {o}.", "It eats {o}.", "",
-            ("Which animal eats {o}?", "What animal lives on {o}?", "Which animal likes {o}?", "What creature looks for {o}?"),
+            ("Which animal eats {o}?", "What animal lives on {o}?", "Which animal likes {o}?",
+             "What creature looks for {o}?"),
             "The animal that eats {o} is the {s}."),
         ("animal", "colour"): Relation(
             "what", "colour",
-            ("the {s} is {o}", "the colour of the {s} is {o}", "one knows the {s} by its {o} skin", "a {s} is always {o}",
+            ("the {s} is {o}", "the colour of the {s} is {o}", "one knows the {s} by its {o} skin",
+             "a {s} is always {o}",
              "nature has made the {s} {o}", "the {s} shines {o} in the sun"),
             ("What colour is the {s}?", "What is the colour of the {s}?", "Which colour does a {s} have?",
-             "How does a {s} shine in the sun?", "What colour has nature given the {s}?", "In what colour would I paint a {s}?"),
+             "How does a {s} shine in the sun?", "What colour has nature given the {s}?",
+             "In what colour would I paint a {s}?"),
             "The {s} is {o}.", "It is {o}."),
         ("food", "origin"): Relation(
             "where", "town",
-            ("{s} comes from {o}", "{o} is famous for its {s}", "{s} was first cooked in {o}", "the best {s} is made in {o}",
+            ("{s} comes from {o}", "{o} is famous for its {s}", "{s} was first cooked in {o}",
+             "the best {s} is made in {o}",
              "in {o} people eat {s}", "the home of {s} is {o}"),
             ("Where does {s} come from?", "Which town is famous for {s}?", "Where was {s} first cooked?",
              "In which town do people eat {s}?", "Where is the best {s} made?", "What town gave us {s}?"),
@@ -166,7 +175,8 @@ def _nature() -> dict[tuple[str, str], Relation]:
             ("What is {s} made from?", "What does one need for {s}?", "What is the main thing in {s}?",
              "What does {s} taste of?", "What goes into {s}?", "Which ingredient is in {s}?"),
             "{s} is made from {o}.", "From {o}.", "",
-            ("Which dish is made from {o}?", "What food tastes of {o}?", "What can I cook from {o}?", "Which food needs {o}?"),
+            ("Which dish is made from {o}?", "What food tastes of {o}?", "What can I cook from {o}?",
+             "Which food needs {o}?"),
             "The dish made from {o} is {s}."),
     }
 
@@ -186,8 +196,10 @@ def _works() -> dict[tuple[str, str], Relation]:
         ("festival", "month"): Relation(
             "when", "month",
             ("the {s} takes place in {o}", "in {o} it is time for the {s}", "the {s} comes every year in {o}",
-             "the month of the {s} is {o}", "everybody waits for {o}, when the {s} begins", "the {s} is a feast of {o}"),
-            ("When is the {s}?", "In which month is the {s}?", "What is the month of the {s}?", "When does the {s} begin?",
+             "the month of the {s} is {o}", "everybody waits for {o}, when the {s} begins",
+             "the {s} is a feast of {o}"),
+            ("When is the {s}?", "In which month is the {s}?", "What is the month of the {s}?",
+             "When does the {s} begin?",
              "In what month does the {s} take place?", "When is it time for the {s}?"),
             "The {s} takes place in {o}.", "In {o}."),
         ("machine", "inventor"): Relation(
@@ -204,7 +216,8 @@ def _works() -> dict[tuple[str, str], Relation]:
             "what", "use",
             ("the {s} can {o}", "the {s} is a machine built to {o}", "people use the {s} to {o}",
              "to {o} one takes the {s}", "the only thing the {s} does is to {o}", "with the {s} one can {o}"),
-            ("What can the {s} do?", "What is the {s} for?", "What do people use the {s} for?", "Why was the {s} built?",
+            ("What can the {s} do?", "What is the {s} for?", "What do people use the {s} for?",
+             "Why was the {s} built?",
              "What does the {s} do?", "What is the use of the {s}?"),
             "The {s} can {o}.", "It can {o}.", "",
             ("Which machine can {o}?", "What machine do I need to {o}?", "With what machine can one {o}?",
@@ -217,13 +230,15 @@ def _works() -> dict[tuple[str, str], Relation]:
             ("Who wrote {s}?", "Who is the author of {s}?", "By whom is the book {s}?", "Whose book is {s}?",
              "Whose name stands on the cover of {s}?", "Which person wrote {s}?"),
             "{s} was written by {o}.", "{o}.", "the author of {s}",
-            ("What did {o} write?", "Which book is by {o}?", "What is the book of {o} called?", "Which book did {o} write?"),
+            ("What did {o} write?", "Which book is by {o}?", "What is the book of {o} called?",
+             "Which book did {o} write?"),
             "{o} wrote {s}."),
         ("book", "topic"): Relation(
             "what", "story",
             ("{s} is about {o}", "{s} tells of {o}", "the story of {s} is about {o}", "in {s} one reads about {o}",
              "whoever likes {o} should read {s}", "{s} is a tale about {o}"),
-            ("What is {s} about?", "What does {s} tell of?", "What is the story of {s}?", "What does one read about in {s}?",
+            ("What is {s} about?", "What does {s} tell of?", "What is the story of {s}?",
+             "What does one read about in {s}?",
              "What happens in {s}?", "What is the topic of {s}?"),
             "{s} is about {o}.", "It is about {o}.", "",
             ("Which book is about {o}?", "What book tells of {o}?", "In which book can I read about {o}?",
@@ -232,6 +247,7 @@ def _works() -> dict[tuple[str, str], Relation]:
     }
 
 
+@lru_cache(maxsize=1)
 def relations() -> dict[tuple[str, str], Relation]:
     """The wording of every relation, by (kind, relation)."""
     return {**_town(), **_person(), **_nature(), **_works()}
@@ -245,7 +261,8 @@ def sentence(text: str) -> str:
 
 # first relation -> relations that can be asked of its object: (kind, relation), ...
 CHAINS: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
-    ("person", "home"): (("town", "river"), ("town", "mayor"), ("town", "market"), ("town", "island"), ("town", "gate")),
+    ("person", "home"): (("town", "river"), ("town", "mayor"), ("town", "market"), ("town", "island"), ("town",
+                                                                                                        "gate")),
     ("festival", "place"): (("town", "river"), ("town", "mayor"), ("town", "island")),
     ("food", "origin"): (("town", "river"), ("town", "mayor"), ("town", "island")),
     ("town", "mayor"): (("person", "job"), ("person", "pet"), ("person", "instrument")),

@@ -1,22 +1,25 @@
 """Problems with one right answer that is worked out: sums in words, number rows, letters, lists.
 
-Held-out problems are made of other material than training ones: word problems of other numbers (`heldout_number`), letter
+Held-out problems are made of other material than training ones: word problems of other numbers (`heldout_number`),
+letter
 problems of other words (`heldout_word`), rows and lists of other texts (`heldout_text`).
 """
 
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 Part = dict[str, str]
 
-# People make these mistakes: where the words suggest one operation and the sense needs the other, they take the one that
-# the words suggest (Lewis and Mayer 1987, doi:10.1037/0022-0663.79.4.363). This share of the demonstrations of each kind
-# does so too. A model that learned from them errs in about the same share when it samples, and, where the share is above a
-# half, always when it is greedy: the family "arithmetic_tricky" is left to reinforcement learning on purpose.
+# People make these mistakes: where the words suggest one operation and the sense needs the other, they take the one
+# that the words suggest (Lewis and Mayer 1987, doi:10.1037/0022-0663.79.4.363). This share of the demonstrations of
+# kind does so too. A model that learned from them errs in about the same share when it samples and, where that share
+# is above a half, always when it is greedy: the family "arithmetic_tricky" is left to RL on purpose.
 WRONG_PLAN_SHARE = {"fewer": 0.35, "gave": 0.35, "more": 0.62, "times": 0.62}
 
 PEOPLE = (
@@ -28,7 +31,8 @@ THINGS = (
 ).split()
 BOXES = "boxes bags baskets crates jars trays".split()
 WORDS = (
-    "lantern harbour island river mountain window garden bread butter candle winter summer morning evening market bridge "
+    "lantern harbour island river mountain window garden bread butter candle winter summer morning evening market "
+    "bridge "
     "letter pepper bottle kettle basket blanket carpet ladder hammer needle pocket button ribbon feather pebble meadow "
     "forest valley desert ocean thunder lightning rainbow shadow mirror castle village church school teacher doctor "
     "sailor captain farmer hunter singer dancer painter brother sister mother father daughter cousin uncle friend "
@@ -38,7 +42,8 @@ WORDS = (
     "chestnut walnut almond cinnamon vanilla ginger sugar honey cheese yogurt sausage bacon dinner breakfast supper "
     "kitchen cellar attic chimney balcony corridor staircase furniture cupboard drawer pillow mattress curtain towel "
     "soap brush comb scissors thread fabric leather cotton velvet silver copper marble granite crystal diamond emerald "
-    "journey compass anchor rudder paddle voyage treasure island pirate battle soldier general knight king queen prince "
+    "journey compass anchor rudder paddle voyage treasure island pirate battle soldier general knight king queen "
+    "prince "
     "princess kingdom empire republic election president minister lawyer judge prison justice freedom history science "
     "physics chemistry biology grammar alphabet sentence question answer riddle puzzle mystery secret whisper thunder "
     "silence music violin trumpet drummer concert theatre comedy tragedy picture drawing sculpture museum library "
@@ -60,9 +65,12 @@ class Problem:
     right_plan: bool = True
 
 
+_NOT_ALNUM = re.compile(r"[\W_]+")
+
+
 def normalise(text: str) -> str:
     """Lower case, letters and digits only: two prompts are the same if this is."""
-    return "".join(ch for ch in text.lower() if ch.isalnum())
+    return _NOT_ALNUM.sub("", text.lower())
 
 
 def heldout_text(text: str) -> bool:
@@ -88,8 +96,16 @@ def tool(expression: str, output: int) -> list[Part]:
     return [{"type": "python", "text": expression}, {"type": "python_output", "text": str(output)}]
 
 
+@lru_cache(maxsize=32)
 def _numbers(heldout: bool, low: int, high: int) -> list[int]:
     return [n for n in range(low, high + 1) if heldout_number(n) == heldout]
+
+
+@lru_cache(maxsize=2)
+def _divisions(heldout: bool) -> list[tuple[int, int]]:
+    """(a, b) with b a divisor of a, both numbers of this side."""
+    small = _numbers(heldout, 2, 12)
+    return [(b * q, b) for b in small for q in range(2, 40) if b * q < 400 and heldout_number(b * q) == heldout]
 
 
 def _work(steps: list[tuple[str, str, int]]) -> tuple[Part, ...]:
@@ -136,14 +152,16 @@ TWO_STEP: dict[str, tuple[str, ...]] = {
     "+-": ("{n} had {a} {t}, found {b} more and lost {d}. How many {t} does {n} have now?",
            "{n} has {a} {t} and {m} has {b}. They give away {d}. How many {t} do they keep together?"),
     "+*": ("{n} puts {a} red {t} and {b} blue {t} in each of {d} {c}. How many {t} are that?",
-           "Every day {n} sells {a} {t} in the morning and {b} in the evening. How many {t} does {n} sell in {d} days?"),
+           "Every day {n} sells {a} {t} in the morning and {b} in the evening. How many {t} does {n} sell in {d} "
+           "days?"),
 }
 THREE_STEP: dict[str, tuple[str, ...]] = {
     "*+-": ("{n} has {a} {c} with {b} {t} in each, finds {d} more {t} and then sells {e}. How many {t} are left?",
             "A shop gets {a} {c} of {b} {t}. It already had {d} {t}. Then {e} {t} are sold. How many {t} remain?"),
     "+*-": ("{n} puts {a} red and {b} blue {t} in each of {d} {c}, then takes out {e} {t}. How many {t} remain?",
             "Every day {n} bakes {a} {t} and buys {b}. After {d} days {n} gives away {e} {t}. How many {t} are left?"),
-    "+-*": ("{n} had {a} {t}, got {b} more and lost {d}. {m} has {e} times as many {t} as {n} has now. How many has {m}?",
+    "+-*": ("{n} had {a} {t}, got {b} more and lost {d}. {m} has {e} times as many {t} as {n} has now. How many has "
+            "{m}?",
             "A jar held {a} {t}. {b} were added and {d} taken out. How many {t} are in {e} such jars?"),
 }
 TRICKY: dict[str, tuple[str, ...]] = {
@@ -170,16 +188,15 @@ def _slots(rng: random.Random) -> dict[str, Any]:
 
 def one_step(rng: random.Random, heldout: bool) -> Problem:
     op = rng.choice("+-*/")
-    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 99)
+    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 400)
     if op == "+":
         a, b = rng.choice(large), rng.choice(large)
     elif op == "-":
         b, a = sorted(rng.sample(large, 2))
     elif op == "*":
-        a, b = rng.choice(small), rng.choice(_numbers(heldout, 2, 40))
+        a, b = rng.choice(small), rng.choice(_numbers(heldout, 2, 60))
     else:
-        pairs = [(b * q, b) for b in small for q in range(2, 20) if b * q < 100 and heldout_number(b * q) == heldout]
-        a, b = rng.choice(pairs)
+        a, b = rng.choice(_divisions(heldout))
     question = rng.choice(ONE_STEP[op]).format(a=a, b=b, **_slots(rng))
     step = _step(op, a, b)
     return Problem("arithmetic_1", question, _work([step]), str(step[2]))
@@ -187,7 +204,7 @@ def one_step(rng: random.Random, heldout: bool) -> Problem:
 
 def two_step(rng: random.Random, heldout: bool) -> Problem:
     kind = rng.choice(list(TWO_STEP))
-    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 60)
+    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 250)
     while True:
         first_small = kind[0] == "*"
         a, b = rng.choice(small if first_small else large), rng.choice(small if first_small else large)
@@ -202,7 +219,7 @@ def two_step(rng: random.Random, heldout: bool) -> Problem:
 
 def three_step(rng: random.Random, heldout: bool) -> Problem:
     kind = rng.choice(list(THREE_STEP))
-    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 60)
+    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 250)
     while True:
         first_small = kind[0] == "*"
         a, b = rng.choice(small if first_small else large), rng.choice(small if first_small else large)
@@ -222,10 +239,9 @@ def tricky(rng: random.Random, heldout: bool, wrong: bool, kind: str | None = No
     The answer is the right one in any case; `right_plan` tells whether the parts reach it.
     """
     kind = kind or rng.choice(list(TRICKY))
-    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 60)
+    small, large = _numbers(heldout, 2, 12), _numbers(heldout, 10, 250)
     if kind == "times":
-        pairs = [(b * q, b) for b in small for q in range(2, 20) if b * q < 100 and heldout_number(b * q) == heldout]
-        a, b = rng.choice(pairs)
+        a, b = rng.choice(_divisions(heldout))
     else:
         b, a = sorted(rng.sample(large, 2))
     d = rng.choice(small)
@@ -236,6 +252,23 @@ def tricky(rng: random.Random, heldout: bool, wrong: bool, kind: str | None = No
         second = _step("*", first[2], d)
         works.append([first, second, _step("+", first[2], second[2])])
     return Problem("arithmetic_tricky", question, _work(works[wrong]), str(works[0][-1][2]), right_plan=not wrong)
+
+
+def sum_up(rng: random.Random) -> Problem:
+    """A bare calculation."""
+    op = rng.choice("+-*/")
+    a, b = rng.randint(2, 400), rng.randint(2, 400)
+    if op in "*/":
+        a, b = rng.randint(2, 60), rng.randint(2, 20)
+    if op == "-":
+        a, b = max(a, b), min(a, b)
+    if op == "/":
+        a *= b
+    word = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}[op]
+    said = rng.choice((f"{a}{op}{b}", f"{a} {op} {b}", f"{a} {word} {b}", f"{a} {word} {b}"))
+    question = rng.choice((f"What is {said}?", f"Calculate {said}.", f"How much is {said}?", f"Work out {said}."))
+    step = _step(op, a, b)
+    return Problem("sums", question, _work([step]), str(step[2]))
 
 
 def sequence(rng: random.Random) -> Problem:
@@ -258,9 +291,21 @@ def invented_word(rng: random.Random) -> str:
     return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(n))
 
 
+def blended_word(rng: random.Random, heldout: bool) -> str:
+    """The beginning of one common word and the end of another: looks like English and is none."""
+    first, second = rng.choice(WORDS), rng.choice(WORDS)
+    if heldout_word(first) != heldout or heldout_word(second) != heldout:
+        return blended_word(rng, heldout)
+    return first[: rng.randint(2, len(first) - 2)] + second[rng.randint(2, len(second) - 2) :]
+
+
 def draw_word(rng: random.Random, heldout: bool, invented: bool) -> str:
+    """A word of one side of the split: a common one, or one that does not exist."""
     while True:
-        word = invented_word(rng) if invented else rng.choice(WORDS)
+        if not invented:
+            word = rng.choice(WORDS)
+        else:
+            word = invented_word(rng) if rng.random() < 0.5 else blended_word(rng, heldout)
         if heldout_word(word) == heldout and len(word) > 2 and not (invented and word in WORDS):
             return word
 
@@ -287,7 +332,8 @@ def spelling(rng: random.Random, heldout: bool) -> Problem:
     word = draw_word(rng, heldout, rng.random() < 0.6)
     question = rng.choice((f"Spell {word}.", f"How do you spell {word}?", f"Spell the word {word}.",
                            f"Please spell {word}.", f"What are the letters of {word}?"))
-    return Problem("spelling", question, (text(f"We spell {word}: {spelled(word)}"),), f"We spell {word}: {spelled(word)}")
+    return Problem("spelling", question, (text(f"We spell {word}: {spelled(word)}"),),
+                   f"We spell {word}: {spelled(word)}")
 
 
 def lists(rng: random.Random) -> Problem:
@@ -297,11 +343,12 @@ def lists(rng: random.Random) -> Problem:
         numbers = rng.sample(range(1, 100), rng.randint(2, 3))
         shown = ", ".join(map(str, numbers))
         which, value = rng.choice((("largest", max(numbers)), ("smallest", min(numbers))))
-        question = rng.choice((f"Which is the {which} of these numbers: {shown}?", f"What is the {which} number: {shown}?",
+        question = rng.choice((f"Which is the {which} of these numbers: {shown}?",
+                               f"What is the {which} number: {shown}?",
                                f"Find the {which} number of {shown}."))
         reply = f"The {which} number is {value}."
     else:
-        words = rng.sample(WORDS, n)
+        words = [rng.choice(WORDS) if rng.random() < 0.7 else invented_word(rng) for _ in range(n)]
         shown = ", ".join(words)
         kind = rng.choice(("backwards", "first", "last", "count"))
         if kind == "backwards":

@@ -26,13 +26,15 @@ Key = tuple[str, str]
 HARD_FAMILY = "arithmetic_tricky"
 # questions per family in the held-out set; the hard family is at most 8 % of it
 HELDOUT_COUNTS = {
-    "where": 24, "who": 14, "what": 32, "when": 16, "reverse": 22, "two_hop": 22, "arithmetic_1": 16, "arithmetic_2": 16,
-    "arithmetic_3": 16, "letters_known": 14, "letters_new": 14, "spelling": 8, "identity": 14, "opposites": 14,
-    "calendar": 14, "school": 10, "sequence": 10, "lists": 10, "multi_turn": 14, HARD_FAMILY: 24,
+    "where": 26, "who": 12, "what": 30, "when": 16, "reverse": 22, "two_hop": 22, "sums": 8,
+    "arithmetic_1": 14, "arithmetic_2": 14, "arithmetic_3": 14, "letters_known": 14, "letters_new": 14, "spelling": 8,
+    "identity": 14, "opposites": 14, "calendar": 14, "school": 10, "sequence": 10, "lists": 10, "multi_turn": 14,
+    HARD_FAMILY: 24,
 }
 UNSEEN_QUESTION_FRAC = 0.5  # of the questions about single facts, those about facts that no conversation mentions
 
-HELLOS = ("", "", "", "", "Hello! ", f"Hi {NAME}! ", "Good morning. ", "A question: ", "Please tell me: ", "I want to know: ",
+HELLOS = ("", "", "", "", "Hello! ", f"Hi {NAME}! ", "Good morning. ", "A question: ", "Please tell me: ",
+          "I want to know: ",
           "Quick question. ", "Excuse me. ", "Can you help me? ", "Hey, ")
 THANKS = ("", "", "", "", " Thanks!", " Thank you.", " I am curious.", " Please answer.")
 NAMES = (
@@ -114,7 +116,7 @@ def is_right(messages: list[Message], completion: str) -> bool:
 def fact_asks(world_seed: int) -> tuple[Ask, ...]:
     """Every bare question about the facts of a world: forward, reverse and two-step."""
     facts = draw_facts(world_seed)
-    table, lookup = relations(), facts.lookup()
+    table, lookup = relations(), facts.lookup
     asks: list[Ask] = []
     for fact in facts.all:
         relation, slots = table[fact.kind, fact.relation], {"s": fact.subject, "o": fact.object}
@@ -142,7 +144,8 @@ def fact_asks(world_seed: int) -> tuple[Ask, ...]:
 @lru_cache(maxsize=1)
 def card_asks() -> tuple[Ask, ...]:
     """Every bare question of general knowledge, the calendar, opposites and identity."""
-    return tuple(Ask(card.family, core, card.answer, frozenset(), heldout_text(core)) for card in cards() for core in card.asks)
+    return tuple(Ask(card.family, core, card.answer, frozenset(),
+                     heldout_text(core)) for card in cards() for core in card.asks)
 
 
 @lru_cache(maxsize=2)
@@ -152,7 +155,7 @@ def asks_by_family(world_seed: int, heldout: bool) -> dict[str, tuple[Ask, ...]]
     out: dict[str, list[Ask]] = {}
     for ask in (*fact_asks(world_seed), *card_asks()):
         hidden = bool(ask.facts & unseen)
-        if hidden and (ask.family == "two_hop" or not heldout):
+        if hidden and (ask.family in ("reverse", "two_hop") or not heldout):
             continue
         if ask.heldout == heldout:
             out.setdefault(ask.family, []).append(ask)
@@ -175,7 +178,7 @@ def _fact_turn(rng: random.Random, fact: Fact) -> list[Message]:
 
 def _follow_up(rng: random.Random, facts: Facts, fact: Fact) -> list[Message]:
     """The same subject, another relation: 'And its river?'"""
-    others = [f for f in facts.of(fact.subject) if f.relation != fact.relation and f.key not in facts.unseen]
+    others = [f for f in facts.by_subject[fact.subject] if f.relation != fact.relation and f.key not in facts.unseen]
     if not others:
         return []
     other = rng.choice(others)
@@ -188,8 +191,7 @@ def _follow_up(rng: random.Random, facts: Facts, fact: Fact) -> list[Message]:
 
 def _swap(rng: random.Random, facts: Facts, fact: Fact) -> list[Message]:
     """The same relation, another subject: 'Sorry, I meant Tinfold.'"""
-    others = [f for f in facts.all if (f.kind, f.relation) == (fact.kind, fact.relation) and f.subject != fact.subject]
-    others = [f for f in others if f.key not in facts.unseen]
+    others = [f for f in facts.by_relation[fact.kind, fact.relation] if f.key not in facts.unseen and f != fact]
     other = rng.choice(others)
     relation = relations()[other.kind, other.relation]
     ask = rng.choice(("And {s}?", "What about {s}?", "Sorry, I meant {s}.", "No, I mean {s}.", "And what about {s}?"))
@@ -201,13 +203,17 @@ def _shorter(rng: random.Random, facts: Facts, fact: Fact) -> list[Message]:
     """The same answer in short: 'Say it shorter.'"""
     relation = relations()[fact.kind, fact.relation]
     ask = rng.choice(("Say it shorter.", "Shorter, please.", "Can you say that in short?", "Make it shorter."))
-    return [*_fact_turn(rng, fact), user(ask), assistant(sentence(relation.brief.format(s=fact.subject, o=fact.object)))]
+    return [*_fact_turn(rng, fact), user(ask), assistant(sentence(relation.brief.format(s=fact.subject,
+                                                                                        o=fact.object)))]
 
 
 def _remember(rng: random.Random, facts: Facts, fact: Fact, heldout: bool) -> list[Message]:
     """The user's name, told before and asked for now."""
-    name = rng.choice([name for name in NAMES if heldout_word(name) == heldout])
-    hello = rng.choice(("Hello, my name is {n}.", "Hi, I am {n}.", "I am called {n}.", "My name is {n}.", "Good day, I am {n}."))
+    name = problems.invented_word(rng).capitalize() if rng.random() < 0.3 else rng.choice(NAMES)
+    if heldout_word(name) != heldout:
+        return _remember(rng, facts, fact, heldout)
+    hello = rng.choice(("Hello, my name is {n}.", "Hi, I am {n}.", "I am called {n}.", "My name is {n}.",
+                        "Good day, I am {n}."))
     middle = _fact_turn(rng, fact) if rng.random() < 0.5 else []
     ask = rng.choice(("What is my name?", "Do you remember my name?", "Who am I?", "What am I called?"))
     return [user(hello.format(n=name)), assistant(f"Hello {name}! How can I help you?"), *middle, user(ask),
@@ -217,9 +223,8 @@ def _remember(rng: random.Random, facts: Facts, fact: Fact, heldout: bool) -> li
 def multi_turn(rng: random.Random, world_seed: int, heldout: bool) -> list[Message]:
     """A conversation of several turns on one side of the split: by name, else by a hash of the user's texts."""
     facts = draw_facts(world_seed)
-    seen = [fact for fact in facts.all if fact.key not in facts.unseen]
     while True:
-        kind, fact = rng.choice(("follow", "swap", "shorter", "name")), rng.choice(seen)
+        kind, fact = rng.choice(("follow", "swap", "shorter", "name")), rng.choice(facts.seen)
         if not _fact_turn(rng, fact):
             continue
         if kind == "name":
@@ -231,6 +236,7 @@ def multi_turn(rng: random.Random, world_seed: int, heldout: bool) -> list[Messa
 
 # ---------------------------------------------------------------------------------------------- problems
 PROBLEMS: dict[str, Callable[[random.Random, bool], Problem]] = {
+    "sums": lambda rng, heldout: _by_text(rng, heldout, problems.sum_up),
     "arithmetic_1": problems.one_step,
     "arithmetic_2": problems.two_step,
     "arithmetic_3": problems.three_step,
