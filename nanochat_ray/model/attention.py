@@ -89,13 +89,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     A query sees its own position and `left` earlier ones, all if `left` is negative. Query head h uses key head
     h // (H/K). Scores are scaled by 1/sqrt(D).
     """
-    T = q.size(1)
-    if left < 0 or left >= T - 1:
+    if left >= q.size(1) - 1:
         left = -1
-    if q.device.type == "cpu":
-        return BlockAttention.apply(q, k, v, left)
+    return BlockAttention.apply(q, k, v, left) if q.device.type == "cpu" else sdpa_attention(q, k, v, left)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
+    """`attend` by torch's scaled_dot_product_attention: a flash kernel for full layers, one with a mask for windows."""
+    T, group = q.size(1), q.size(2) // k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-    group = q.size(1) // k.size(1)
     if left < 0:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     else:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.kv_cache import KVCache
-from nanochat_ray.model.attention import QUERY_BLOCK, Span, attend, attend_cached, windows_of
+from nanochat_ray.model.attention import QUERY_BLOCK, Span, attend, attend_cached, sdpa_attention, windows_of
 from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu
 
 EPS = 2.0**-23
@@ -40,11 +40,12 @@ SHAPES = [  # B, T, H, K, D, left
 ]
 
 
+@pytest.mark.parametrize("back_end", [attend, sdpa_attention])
 @pytest.mark.parametrize("B, T, H, K, D, left", SHAPES)
-def test_attention_and_its_gradients_equal_the_definition(B, T, H, K, D, left):
+def test_attention_and_its_gradients_equal_the_definition(back_end, B, T, H, K, D, left):
     q, k, v = heads(B, T, H, K, D)
     weight = torch.randn(B, T, H, D, dtype=torch.float64)
-    ours, wanted = attend(q, k, v, left), plain_attention(q, k, v, left)
+    ours, wanted = back_end(q, k, v, left), plain_attention(q, k, v, left)
     torch.testing.assert_close(ours, wanted)
     ours_grads = torch.autograd.grad((ours * weight).sum(), (q, k, v))
     torch.testing.assert_close(ours_grads, torch.autograd.grad((wanted * weight).sum(), (q, k, v)))
