@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,15 +19,6 @@ class World:
     local_rank: int = 0
     world_size: int = 1
     device: str = "cpu"
-
-    @staticmethod
-    def from_env(device: str = "cpu") -> World:
-        """The world that torchrun describes in RANK, LOCAL_RANK, WORLD_SIZE; one process if any of them is missing."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not all(name in os.environ for name in names):
-            return World(device=device)
-        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
-        return World(rank, local_rank, world_size, f"cuda:{local_rank}" if device.startswith("cuda") else device)
 
 
 @dataclass(frozen=True, order=True)
@@ -105,14 +95,3 @@ class Rollout:
     mask: Sequence[int]  # 1 where the token was sampled, 0 where a tool forced it
     finish_reason: FinishReason
     terminal_token: int | None = None  # the id that stopped it; None if it ran out of length
-
-
-Rows = Iterator[PackedBatch]
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage leaves behind besides its files: the numbers that report and caller need."""
-
-    stage: str
-    metrics: dict[str, float | int | str | None] = field(default_factory=dict)

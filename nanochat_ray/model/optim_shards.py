@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from nanochat_ray.model.muon import apply_update, muon_direction, second_moment_shape
 
@@ -171,6 +172,7 @@ class AdamWShard(OptimShard):
                 amsgrad=False,
                 maximize=False,
             )
+            increment_version(self.param)  # the fused step does not, and casts of the weight are kept by version
         if self.ranks.world_size > 1:
             n_rows = self.slice_rows * self.ranks.world_size
             out = self.param.data if n_rows == len(self.param) else own.new_empty(n_rows, *own.shape[1:])

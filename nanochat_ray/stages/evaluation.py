@@ -30,7 +30,7 @@ from nanochat_ray.metrics.core import core_metric, evaluate_task, merge
 from nanochat_ray.metrics.core_bundle import CoreTask, load_bundle, load_items
 from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.precision import pick_dtype
+from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.stages.step import micro_batches
 from nanochat_ray.tasks.catalog import CHAT_TASKS
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
@@ -121,6 +121,7 @@ class Evaluator:
         self.spec = spec
         self.tokenizer = Tokenizer.load(spec.tokenizer_folder)
         dtype, _ = pick_dtype(spec.device, spec.dtype)
+        prepare_device(spec.device)
         checkpoint = open_checkpoint(spec.checkpoints, spec.step)
         self.model = checkpoint.build_model(spec.device, dtype, self.tokenizer.vocab_size)
 

@@ -15,7 +15,7 @@ from nanochat_ray.messages import World
 from nanochat_ray.model.checkpoint import latest_checkpoint, load_weights, model_tensors, open_checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
-from nanochat_ray.model.precision import pick_dtype
+from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.model.scaling import Plan, peak_flops, plan_training
 from nanochat_ray.model.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat_ray.report.environment import peak_memory_bytes
@@ -63,6 +63,7 @@ def pretrain(job: PretrainJob, world: World, open_batches: OpenBatches, hooks: H
     dtype, reason = pick_dtype(world.device, job.dtype)
     if dtype == torch.float16:
         raise ValueError("training in float16 needs a loss scaler, which is not here; use bfloat16 or float32")
+    prepare_device(world.device)
     model = GPT.build(plan.config, device=world.device, compute_dtype=dtype, seed=settings.seed)
     optimizer = build_optimizer(
         model, unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr,

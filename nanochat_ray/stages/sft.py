@@ -14,7 +14,7 @@ from nanochat_ray.messages import PackedRows, World
 from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, load_weights, model_tensors, resolve_checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
-from nanochat_ray.model.precision import pick_dtype
+from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.model.scaling import flops_per_token, peak_flops
 from nanochat_ray.model.schedule import sft_lr_multiplier, sft_muon_momentum
 from nanochat_ray.report.environment import peak_memory_bytes
@@ -92,6 +92,7 @@ def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks)
     if dtype == torch.float16:
         raise ValueError("training in float16 needs a loss scaler, which is not here; use bfloat16 or float32")
     base = resolve_checkpoint(job.base_checkpoints, settings.model_step)
+    prepare_device(world.device)
     model = base.build_model(world.device, dtype, tokenizer.vocab_size)
     stored = PretrainSettings.model_validate(base.meta["settings"])
     optimizer = build_optimizer(

@@ -65,9 +65,9 @@ def blocks(
     manifest: DataManifest, tokenizer: Tokenizer, cursor: Cursor, epochs: int | None = None
 ) -> Iterator[RowBlock]:
     for visit in items_from(cursor, manifest.n_items, seed=42, epochs=epochs):
-        rows, counts = pack_item(manifest, manifest.item(visit.item), tokenizer, T)
+        rows, _ = pack_item(manifest, manifest.item(visit.item), tokenizer, T)
         resumed = (visit.epoch, visit.position) == (cursor.epoch, cursor.item)
-        yield row_block(rows, visit, cursor.row if resumed else 0, counts)
+        yield row_block(rows, visit, cursor.row if resumed else 0)
 
 
 # ---- what is there

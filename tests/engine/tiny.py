@@ -50,7 +50,7 @@ class Script:
     compute_dtype = torch.float32
 
     def __init__(self, replies: list[list[int]], context: int = CONTEXT) -> None:
-        self.config = ModelConfig(sequence_len=context, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.config = ModelConfig(sequence_len=context, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=24)
         self.replies = replies
         self.prompts: list[list[int]] = []
 

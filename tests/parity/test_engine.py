@@ -162,7 +162,7 @@ class Scripted:
     compute_dtype = torch.float32
 
     def __init__(self, scripts: list[list[int]], n_prompt: int) -> None:
-        sizes = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        sizes = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=24)
         self.config = ModelConfig(sequence_len=128, vocab_size=SCRIPTED["vocab"], **sizes)
         self.scripts, self.n_prompt = scripts, n_prompt
 
