@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-from _runtime import Job
+from _runtime import Job, available_cpus
 
 from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
 from nanochat_ray.run_dir import STAGE_OF_SOURCE
@@ -32,6 +31,6 @@ def run_units(job: Job, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Reco
     elif job.device.startswith("cuda"):
         actors = job.settings.workers
     else:
-        actors = os.cpu_count() or 1
-    threads = max(1, (os.cpu_count() or 1) // actors)
+        actors = available_cpus()
+    threads = max(1, available_cpus() // actors)
     return on_actors(spec, units, actors, threads)

@@ -181,6 +181,11 @@ class Job:
                 signal.signal(number, handler)
 
 
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_machine() -> Machine:
     """What there is to train on: the cluster that RAY_ADDRESS names, else this machine."""
     import torch
@@ -194,7 +199,7 @@ def find_machine() -> Machine:
         kinds = sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix))
         return Machine(int(resources.get("GPU", 0)), ", ".join(kinds), int(resources.get("CPU", 0)), "in the cluster")
     gpus = torch.cuda.device_count()
-    return Machine(gpus, torch.cuda.get_device_name() if gpus else "", os.cpu_count() or 1, "here")
+    return Machine(gpus, torch.cuda.get_device_name() if gpus else "", available_cpus(), "here")
 
 
 @contextlib.contextmanager
@@ -206,7 +211,7 @@ def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
     on_cluster = settings.ray and settings.device_type is None and os.environ.get("RAY_ADDRESS")
     device = "cuda" if on_cluster and find_machine().gpus else pick_device(settings.device_type)
     with Lease.acquire(run_dir.root) as lease, contextlib.ExitStack() as stack:
-        threads = max(1, (os.cpu_count() or 1) // settings.workers)
+        threads = max(1, available_cpus() // settings.workers)
         yield Job(settings, run_dir, lease, device, threads, stack)
 
 
@@ -224,7 +229,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone; nothing is left in ~/.ray
         import ray
 
-        cpus = max(os.cpu_count() or 1, workers + SPARE_CPUS)
+        cpus = max(available_cpus(), workers + SPARE_CPUS)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)
         logger.info("Ray: private local cluster with %d logical CPUs", cpus)
