@@ -9,42 +9,16 @@ Nothing needs `torch.compile`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, Ranks
+from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, ParamGroup, Ranks
 
 SMALL_NUMEL = 1024  # AdamW tensors below this are not worth cutting up
-ADAM_EPS = 1e-10
 SMEAR_LR = 0.2  # of smear and backout, whatever the width or the batch
 REFERENCE_WIDTH = 768  # where the AdamW learning rates were tuned
-INITIAL_MOMENTUM = 0.95  # until a schedule sets another
-
-
-@dataclass
-class ParamGroup:
-    """Parameters that share a rule and its hyper-parameters; a schedule sets lr, momentum and Muon's weight decay."""
-
-    kind: Literal["adamw", "muon"]
-    names: list[str]
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float] = (0.0, 0.0)  # AdamW
-    eps: float = ADAM_EPS  # AdamW
-    momentum: float = INITIAL_MOMENTUM  # Muon
-    beta2: float = 0.9  # Muon
-    ns_steps: int = 5  # Muon
-    initial_lr: float = field(init=False)  # what schedules multiply
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f"parameter group of kind {self.kind!r}; there are adamw and muon")
-        self.initial_lr = self.lr
 
 
 def build_optimizer(

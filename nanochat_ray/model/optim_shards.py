@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,34 @@ from torch.autograd.graph import increment_version
 
 from nanochat_ray.model.muon import apply_update, muon_direction, second_moment_shape
 
-if TYPE_CHECKING:
-    from nanochat_ray.model.optim import ParamGroup
+ADAM_EPS = 1e-10
+INITIAL_MOMENTUM = 0.95  # of Muon, until a schedule sets another
 
 # Newer versions of torch renamed these two.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share a rule and its hyper-parameters; a schedule sets lr, momentum and Muon's weight decay."""
+
+    kind: Literal["adamw", "muon"]
+    names: list[str]
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.0, 0.0)  # AdamW
+    eps: float = ADAM_EPS  # AdamW
+    momentum: float = INITIAL_MOMENTUM  # Muon
+    beta2: float = 0.9  # Muon
+    ns_steps: int = 5  # Muon
+    initial_lr: float = field(init=False)  # what schedules multiply
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"parameter group of kind {self.kind!r}; there are adamw and muon")
+        self.initial_lr = self.lr
 
 
 @dataclass

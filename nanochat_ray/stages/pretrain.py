@@ -30,6 +30,7 @@ from nanochat_ray.stages.step import (
     accumulate_gradients,
     agree,
     count_targets,
+    mfu,
     validation_bpb,
 )
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def run_loop(
                 "train/lrm": lr,
                 "train/dt": seconds,
                 "train/tok_per_sec": int(n_targets / seconds),
-                "train/mfu": 100 * plan.flops_per_token * n_targets / seconds / (peak * world.world_size),
+                "train/mfu": mfu(plan.flops_per_token * n_targets / seconds, peak * world.world_size),
                 "train/epoch": batch.cursor.epoch,
                 "train/item": batch.cursor.item,
                 "train/row": batch.cursor.row,

@@ -31,6 +31,7 @@ from nanochat_ray.stages.step import (
     accumulate_gradients,
     agree,
     count_targets,
+    mfu,
     validation_bpb,
 )
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -186,7 +187,7 @@ def run_loop(
                 "train/lrm": lr,
                 "train/dt": seconds,
                 "train/tok_per_sec": int(n_tokens / seconds),
-                "train/mfu": 100 * flops * n_tokens / seconds / (peak * world.world_size),
+                "train/mfu": mfu(flops * n_tokens / seconds, peak * world.world_size),
                 "train/progress": batch.progress,
                 "train/supervised_tokens": n_targets,
                 "total_training_time": state.training_time_s,

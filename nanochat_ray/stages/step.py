@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -133,6 +134,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
     elif device == "mps":
         torch.mps.synchronize()
+
+
+def mfu(flops_per_s: float, peak_flops_per_s: float) -> float | None:
+    """Percent of the hardware's bf16 peak, None where that is not known."""
+    return 100 * flops_per_s / peak_flops_per_s if math.isfinite(peak_flops_per_s) else None
 
 
 class Clock:
