@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat_ray.corpus.download import OFFLINE_VARIABLE
 from nanochat_ray.metrics import core_bundle
 from nanochat_ray.metrics.core import (
     CORE_LABELS,
@@ -26,7 +27,6 @@ from nanochat_ray.metrics.core import (
     span,
 )
 from nanochat_ray.metrics.core_bundle import CoreTask, few_shots, find_bundle, load_bundle, load_items
-from nanochat_ray.tasks.download import OFFLINE_VARIABLE
 from nanochat_ray.tasks.rows import TaskDataMissing
 from tests.engine.tiny import byte_tokenizer, tiny_model
 from tests.metrics.bundle import entry, items_of, three_kinds, write_bundle
