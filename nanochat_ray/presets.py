@@ -67,23 +67,29 @@ def _gpu(name: str, gpus: int) -> SpeedrunSettings:
 
 
 def _small(name: str) -> SpeedrunSettings:
-    """Minutes on a laptop's CPU, on the embedded world."""
+    """Minutes on a laptop's CPU, on the embedded world.
+
+    Batches of a few thousand tokens scale nanochat's learning rates down by more than ten; the rates here make up for
+    that (dev/LOG.md has the trials).
+    """
     smoke = name == "smoke"
     sequence_len = 256
+    eval_tokens = (64 if smoke else 256) * sequence_len
+    batch_tokens = 2048 if smoke else 4096
     return SpeedrunSettings(
         preset=name,
         run=RunSettings(model_tag=name, workers=1, data="embedded"),
-        tokenizer=TokenizerSettings(vocab_size=1024 if smoke else 2048, max_chars=10_000_000),
+        tokenizer=TokenizerSettings(vocab_size=1024, max_chars=10_000_000),
         pretrain=PretrainSettings(
-            depth=2 if smoke else 4, head_dim=32 if smoke else 64, max_seq_len=sequence_len,
-            num_iterations=60 if smoke else 500, total_batch_size=(2048 if smoke else 8192), device_batch_size=32,
-            eval_every=30 if smoke else 250, eval_tokens=64 * sequence_len if smoke else 256 * sequence_len,
-            core_metric_every=None, sample_every=None,
+            depth=2 if smoke else 4, aspect_ratio=48, head_dim=32 if smoke else 64, max_seq_len=sequence_len,
+            num_iterations=60 if smoke else 550, total_batch_size=batch_tokens, device_batch_size=16,
+            embedding_lr=0.8, unembedding_lr=0.016, matrix_lr=0.25, warmup_steps=10 if smoke else 40,
+            eval_every=30 if smoke else 250, eval_tokens=eval_tokens, core_metric_every=None, sample_every=None,
         ),
-        base_eval=BaseEvalSettings(split_tokens=64 * sequence_len if smoke else 256 * sequence_len, max_per_task=50),
+        base_eval=BaseEvalSettings(split_tokens=eval_tokens, max_per_task=50),
         sft=SFTSettings(
-            total_batch_size=2048 if smoke else 8192, num_epochs=1, num_iterations=60 if smoke else None,
-            eval_every=None, eval_tokens=64 * sequence_len, chatcore_every=None,
+            total_batch_size=batch_tokens, num_iterations=60 if smoke else 780, embedding_lr=0.05,
+            unembedding_lr=0.001, matrix_lr=0.012, eval_every=None, eval_tokens=eval_tokens, chatcore_every=None,
         ),
-        chat_eval=ChatEvalSettings(max_problems=40 if smoke else None, max_new_tokens=160),
+        chat_eval=ChatEvalSettings(max_problems=40 if smoke else None, max_new_tokens=96),
     )
