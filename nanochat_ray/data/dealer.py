@@ -57,6 +57,7 @@ def packed_items(source: RowSource, cursor: Cursor, actors: int) -> Iterator[tup
     )
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # ranks may evaluate for an hour between two steps
     with ray.data.DataContext.current(context):
         while batch := list(islice(visits, ITEMS_PER_EXECUTION)):
             numbered = [{"number": number, "item": visit.item} for number, visit in enumerate(batch)]
