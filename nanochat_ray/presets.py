@@ -82,13 +82,13 @@ def _small(name: str) -> SpeedrunSettings:
         tokenizer=TokenizerSettings(vocab_size=1024, max_chars=10_000_000),
         pretrain=PretrainSettings(
             depth=2 if smoke else 4, aspect_ratio=48, head_dim=32 if smoke else 64, max_seq_len=sequence_len,
-            num_iterations=60 if smoke else 550, total_batch_size=batch_tokens, device_batch_size=16,
-            embedding_lr=0.8, unembedding_lr=0.016, matrix_lr=0.25, warmup_steps=10 if smoke else 40,
+            num_iterations=60 if smoke else 500, total_batch_size=batch_tokens, device_batch_size=16,
+            embedding_lr=1.0, unembedding_lr=0.02, matrix_lr=0.35, warmup_steps=10 if smoke else 40,
             eval_every=30 if smoke else 250, eval_tokens=eval_tokens, core_metric_every=None, sample_every=None,
         ),
         base_eval=BaseEvalSettings(split_tokens=eval_tokens, max_per_task=50),
         sft=SFTSettings(
-            total_batch_size=batch_tokens, num_iterations=60 if smoke else 780, embedding_lr=0.05,
+            total_batch_size=batch_tokens, num_iterations=60 if smoke else 700, embedding_lr=0.05,
             unembedding_lr=0.001, matrix_lr=0.012, eval_every=None, eval_tokens=eval_tokens, chatcore_every=None,
         ),
         chat_eval=ChatEvalSettings(max_problems=40 if smoke else None, max_new_tokens=96),
