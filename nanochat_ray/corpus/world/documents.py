@@ -23,7 +23,6 @@ COUNTS = {
     "chain": 1500,
     "lore": 1600, "sums": 1300, "spelling": 1400, "counting": 300, "explanation": 200,
 }
-VAL_FRAC = 0.02
 
 WEATHER = (
     "It rained all day.", "The fog came in from the sea.", "The sun was out at last.",
@@ -148,6 +147,7 @@ def _story(t: Teller) -> str:
     feast = next(fact.subject for fact in t.facts.by_relation["festival", "place"] if fact.object == home)
     return " ".join(t.rng.sample((
         f"On {get(home, 'market')} {person}, the {job}, went to the market of {home}.",
+        f"{person} likes {get(person, 'dish')} and ate it on a bench in {home}.",
         f"At home in {home} {she} cooked {food}, for which one needs {get(food, 'ingredient')}.",
         f"The {pet} of {person} was hungry and wanted {get(pet, 'diet')}.",
         f"Then {person} took the {plays} and played by the river {get(home, 'river')}, which flows through {home}.",

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-UNSEEN_PER_TOWN, UNSEEN_PER_PERSON = 2, 1  # facts that finetuning never mentions; of six and four
+UNSEEN_TOWN_FACTS, UNSEEN_PERSON_FACTS = 16, 40  # facts that finetuning never mentions
 
 TOWNS = (
     "Harrowmere Tinfold Brambleport Oskill Velmora Dunwick Saltery Quillhaven Marrowby Fennick Lowlight Pebbleton "
@@ -167,6 +167,7 @@ def draw_facts(seed: int = 42) -> Facts:
         *_relate("person", "home", people, homes),
         *_relate("person", "job", people, _shuffled(rng, JOBS)),
         *_relate("person", "pet", people, _spread(rng, ANIMALS, n_people)),
+        *_relate("person", "dish", people, _spread(rng, FOODS, n_people)),
         *_relate("person", "instrument", people, _spread(rng, INSTRUMENTS, n_people)),
         *_relate("animal", "habitat", list(ANIMALS), _shuffled(rng, HABITATS)),
         *_relate("animal", "diet", list(ANIMALS), _shuffled(rng, DIETS)),
@@ -184,14 +185,24 @@ def draw_facts(seed: int = 42) -> Facts:
 
 
 def _draw_unseen(rng: random.Random, facts: list[Fact]) -> frozenset[tuple[str, str]]:
-    """Facts to hide from finetuning. Of a subject with few facts all are told, else the one asked would answer all.
+    """Facts to hide from finetuning: at most one of a town, two of a person, of whom much else is told.
 
-    A pair that two facts share (a mayor lives in the town) would leave one untold.
+    Only such as share their object with another fact of the same relation, so that finetuning still says the object.
+    A pair that two facts share (a mayor lives in the town) would leave one of them untold.
     """
     pairs = Counter(frozenset((fact.subject, fact.object)) for fact in facts)
-    alone = [fact for fact in facts if pairs[frozenset((fact.subject, fact.object))] == 1]
+    objects = Counter((fact.relation, fact.object) for fact in facts)
+    fit = [f for f in facts if pairs[frozenset((f.subject, f.object))] == 1 and objects[f.relation, f.object] > 1]
     unseen: set[tuple[str, str]] = set()
-    for kind, n in (("town", UNSEEN_PER_TOWN), ("person", UNSEEN_PER_PERSON)):
-        for subject in dict.fromkeys(fact.subject for fact in facts if fact.kind == kind):
-            unseen |= {fact.key for fact in rng.sample([fact for fact in alone if fact.subject == subject], n)}
+    for kind, n, most in (("town", UNSEEN_TOWN_FACTS, 1), ("person", UNSEEN_PERSON_FACTS, 2)):
+        pool = [fact for fact in fit if fact.kind == kind]
+        rng.shuffle(pool)
+        used: Counter[str] = Counter()
+        for fact in pool:
+            left = objects[fact.relation, fact.object]
+            if n and used[fact.subject] < most and left > 1:
+                unseen.add(fact.key)
+                used[fact.subject] += 1
+                objects[fact.relation, fact.object] -= 1
+                n -= 1
     return frozenset(unseen)

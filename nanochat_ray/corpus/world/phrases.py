@@ -114,6 +114,14 @@ def _person() -> dict[tuple[str, str], Relation]:
             ("What pet does {s} have?", "Which animal does {s} keep?", "What is the pet of {s}?",
              "What animal lives with {s}?", "Which pet does {s} own?", "What kind of pet follows {s}?"),
             "{s} has a {o}.", "A {o}.", "pet of {s}"),
+        ("person", "dish"): Relation(
+            "what", "favourite dish",
+            ("{s} likes to eat {o}", "the favourite dish of {s} is {o}", "nobody eats more {o} than {s}",
+             "{s} could eat {o} every day", "on feast days {s} asks for {o}", "{o} is what {s} likes best of all food"),
+            ("What does {s} like to eat?", "What is the favourite dish of {s}?", "Which dish does {s} like best?",
+             "What does {s} ask for on feast days?", "What could {s} eat every day?",
+             "Which food does {s} like?"),
+            "{s} likes {o}.", "{o}."),
         ("person", "instrument"): Relation(
             "what", "instrument",
             ("{s} plays the {o}", "{s} is good at playing the {o}", "the instrument of {s} is the {o}",

@@ -209,7 +209,7 @@ def _shorter(rng: random.Random, facts: Facts, fact: Fact) -> list[Message]:
 
 def _remember(rng: random.Random, facts: Facts, fact: Fact, heldout: bool) -> list[Message]:
     """The user's name, told before and asked for now."""
-    name = problems.invented_word(rng).capitalize() if rng.random() < 0.3 else rng.choice(NAMES)
+    name = problems.invented_word(rng).capitalize() if rng.random() < 0.5 else rng.choice(NAMES)
     if heldout_word(name) != heldout:
         return _remember(rng, facts, fact, heldout)
     hello = rng.choice(("Hello, my name is {n}.", "Hi, I am {n}.", "I am called {n}.", "My name is {n}.",
@@ -259,11 +259,6 @@ def _problem_question(problem: Problem, rng: random.Random) -> tuple[list[Messag
     return [user(framed(rng, problem.question)), assistant(problem.parts)], answer_span(
         content_text(assistant(problem.parts)["content"])
     )
-
-
-def families() -> tuple[str, ...]:
-    """The question families, the hard one last."""
-    return tuple(HELDOUT_COUNTS)
 
 
 def question_pool(family: str, n: int, seed: int, world_seed: int = 42) -> list[Question]:
