@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_ray.config import RunSettings
+from nanochat_ray.config import THREADS_ENV, RunSettings
 from nanochat_ray.presets import Machine
 from nanochat_ray.report.progress import Progress
 from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, read_result, write_result
@@ -33,6 +33,8 @@ from nanochat_ray.run_dir import (
 from nanochat_ray.tasks.rows import TaskSources
 
 logger = logging.getLogger("nanochat_ray")
+for name, value in THREADS_ENV.items():
+    os.environ.setdefault(name, value)
 
 EXIT_STOPPED = 130  # stopped on request with the state saved; the same command goes on
 FOLLOW_INTERVAL_S = 0.2

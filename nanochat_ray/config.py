@@ -13,6 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 RUN_ONLY: dict[str, Any] = {"identity": False}
+# For the environment of processes that compute on a CPU. GNU OpenMP's threads spin while they wait for each other. On a
+# machine with other work that made steps 14 times slower, since Ray's workers have a low priority; threads that soon go
+# to sleep are as fast on a quiet machine (dev/LOG.md).
+THREADS_ENV = {"GOMP_SPINCOUNT": "3000"}
 EVAL_TOKENS_UNIT = 524_288  # tokens; nanochat counts evaluation tokens in this unit
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, Record, Unit
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int =
     use_gpu = spec.device.startswith("cuda")
     remote: Any = ray.remote(EvalActor)
     actor_class = remote.options(
-        num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}}
     )
 
     pool = [actor_class.remote(spec) for _ in range(min(actors, len(units)))]

@@ -19,6 +19,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
 
+from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import Cursor, World
 from nanochat_ray.report.tracker import Tracker
@@ -64,7 +65,7 @@ def fit(
     """
     preflight(workers)
     dealer = start_dealer(source, rows_per_step, workers.count, workers.data_actors)
-    env = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    env = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", **THREADS_ENV}
     if workers.threads_each:
         env["OMP_NUM_THREADS"] = str(workers.threads_each)
     resources = {"CPU": workers.cpus_each} | ({"GPU": 1.0} if workers.use_gpu else {})

@@ -146,5 +146,5 @@ def test_what_cannot_fit_is_an_error_with_numbers_not_a_wait():
 
     with pytest.raises(RuntimeError, match=r"needs 65 CPU.*64 workers.*the cluster has 4 CPU"):
         preflight(Workers(64))
-    with pytest.raises(RuntimeError, match="1 GPU.*0 GPU"):
+    with pytest.raises(RuntimeError, match=r"1 GPU.*0 GPU"):
         preflight(Workers(1, use_gpu=True))

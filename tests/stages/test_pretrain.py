@@ -100,7 +100,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, shards, monkeypatch)
         real(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", save_file)
-    with pytest.raises(OSError, match="step 8 not saved, earlier ones are kept.*No space left"):
+    with pytest.raises(OSError, match=r"step 8 not saved, earlier ones are kept.*No space left"):
         run_pretrain(job, rows, Recorder(job.stage_folder))
     root = job.stage_folder / CHECKPOINTS
     assert [entry.name for entry in root.iterdir()] == ["step_000004"]
@@ -124,7 +124,7 @@ def test_another_architecture_is_refused(whole, tmp_path, shards):
 
 def test_another_tokenizer_is_refused(whole):
     checkpoint = latest_checkpoint(whole[0].stage_folder / CHECKPOINTS)
-    with pytest.raises(ValueError, match="the tokenizer has 299 tokens.*trained with 300"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 299 tokens.*trained with 300"):
         checkpoint.build_model("cpu", torch.float32, vocab_size=299)
 
 

@@ -312,10 +312,11 @@ def _deck(rng: random.Random, family: str, world_seed: int, unseen: frozenset[Ke
 
 
 def heldout_questions(seed: int = 42) -> list[Question]:
-    """The held-out set of a world: `HELDOUT_COUNTS` questions of each family."""
+    """The held-out set of a world: `HELDOUT_COUNTS` questions of each family, shuffled: its first n are a mix."""
     out = []
     for family, n in HELDOUT_COUNTS.items():
         out += question_pool(family, n, seed, world_seed=seed)
+    random.Random(f"order {seed}").shuffle(out)
     return out
 
 
