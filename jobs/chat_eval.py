@@ -84,12 +84,13 @@ def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -
             families.setdefault(record.group, []).append(record.correct)
         usual = [right for family, rights in families.items() if family != HARD_FAMILY for right in rights]
         notes.metrics["heldout/all but the hard family"] = sum(usual) / max(1, len(usual))
+        families = dict(sorted(families.items()))
         notes.metrics |= {f"heldout/{family}": sum(rights) / len(rights) for family, rights in families.items()}
         notes.tables["Held-out questions by family"] = Table(
             ["family", "right", "asked"],
-            [[name, sum(rights), len(rights)] for name, rights in sorted(families.items())],
+            [[name, sum(rights), len(rights)] for name, rights in families.items()],
         )
-        for family, rights in sorted(families.items()):
+        for family, rights in families.items():
             logger.info("chat_eval: %s %d of %d", family, sum(rights), len(rights))
         logger.info("chat_eval: %d of %d held-out questions, the hard family apart", sum(usual), len(usual))
 

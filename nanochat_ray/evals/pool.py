@@ -35,9 +35,8 @@ def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int =
     """
     use_gpu = spec.device.startswith("cuda")
     remote: Any = ray.remote(EvalActor)
-    actor_class = remote.options(
-        num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}}
-    )
+    env = {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}
+    actor_class = remote.options(num_cpus=1, num_gpus=1 if use_gpu else 0, runtime_env={"env_vars": env})
 
     pool = [actor_class.remote(spec) for _ in range(min(actors, len(units)))]
     results: list[list[Record] | None] = [None] * len(units)
