@@ -68,7 +68,7 @@ def find_data(settings: RunSettings, name: str, n_shards: int | None) -> DataMan
         n_train = max_shards or n_shards or DEFAULT_SHARDS
         source = str(download_shards(name, n_train, storage_path(settings.storage)))
         val_shard = val_shard or PUBLISHED[name].val_shard
-        max_shards = max_shards or n_shards
+        max_shards = n_train  # whatever else lies in the folder
     else:
         source = name
     return scan_data(source, settings.text_column, val_shard, settings.skip_corrupt, max_shards)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.config import THREADS_ENV, RunSettings
+from nanochat_ray.messages import ClusterError
 from nanochat_ray.presets import Machine
 from nanochat_ray.report.progress import Progress
 from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, read_result, write_result
@@ -38,7 +39,6 @@ for name, value in THREADS_ENV.items():
 
 EXIT_STOPPED = 130  # stopped on request with the state saved; the same command goes on
 FOLLOW_INTERVAL_S = 0.2
-SPARE_CPUS = 2  # logical CPUs of a private cluster beside the training workers: data and evaluation
 
 
 class Stopped(Exception):
@@ -54,7 +54,7 @@ def main(job: Callable[[], None]) -> None:
     except Stopped as stop:
         print(stop)
         sys.exit(EXIT_STOPPED)
-    except (ValueError, FileNotFoundError, RunBusyError, StaleWriterError, OSError) as error:
+    except (ValueError, OSError, RunBusyError, StaleWriterError, ClusterError) as error:
         if os.environ.get("NANOCHAT_RAY_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -107,6 +107,8 @@ class Job:
 
         The record is written also when the stage stops half-way, so that its seconds add up over all starts.
         """
+        if self.stop.is_set():  # asked for when the stage before was at its very end
+            raise Stopped(f"stopped before {name}; the same command goes on from there")
         self.lease.check()
         state = self.run_dir.begin_stage(name, config)
         folder = self.run_dir.stage(name)
@@ -188,14 +190,14 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def find_machine() -> Machine:
+def find_machine(on_ray: bool = True) -> Machine:
     """What there is to train on: the cluster that RAY_ADDRESS names, else this machine."""
     import torch
 
-    if os.environ.get("RAY_ADDRESS"):
+    if on_ray and os.environ.get("RAY_ADDRESS"):
+        connect()
         import ray
 
-        connect()
         resources = ray.cluster_resources()
         prefix = "accelerator_type:"
         kinds = sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix))
@@ -210,8 +212,10 @@ def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
     from nanochat_ray.model.precision import pick_device
 
     run_dir = RunDir.of(settings.storage, model_tag)
-    on_cluster = settings.ray and settings.device_type is None and os.environ.get("RAY_ADDRESS")
-    device = "cuda" if on_cluster and find_machine().gpus else pick_device(settings.device_type)
+    if settings.ray and os.environ.get("RAY_ADDRESS"):  # this machine's own devices do not matter then
+        device: str = settings.device_type or ("cuda" if find_machine().gpus else "cpu")
+    else:
+        device = pick_device(settings.device_type)
     with Lease.acquire(run_dir.root) as lease, contextlib.ExitStack() as stack:
         threads = max(1, available_cpus() // settings.workers)
         yield Job(settings, run_dir, lease, device, threads, stack)
@@ -231,7 +235,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone; nothing is left in ~/.ray
         import ray
 
-        cpus = max(available_cpus(), workers + SPARE_CPUS)
+        cpus = max(available_cpus(), 2 * workers + 1)  # each worker, packing for it, and one for evaluation
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)
         logger.info("Ray: private local cluster with %d logical CPUs", cpus)

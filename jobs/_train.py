@@ -8,7 +8,9 @@ from typing import Any
 from _runtime import Job
 
 from nanochat_ray.messages import World
+from nanochat_ray.model.checkpoint import sweep
 from nanochat_ray.report.tracker import Tracker
+from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.hooks import FolderHooks
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource, plain_row_blocks
@@ -22,11 +24,15 @@ def train(
     job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_step: int, total_steps: int | None
 ) -> dict[str, Any]:
     """Train to the end; returns the stage's result. Raises Stopped if a signal asked for it, with the state saved."""
+    sweep(stage.stage_folder / CHECKPOINTS)
     if job.use_ray():
         from nanochat_ray.train.launch import Workers, fit
 
         use_gpu = job.device.startswith("cuda")
-        workers = Workers(job.settings.workers, use_gpu, threads_each=None if use_gpu else job.threads)
+        workers = Workers(
+            job.settings.workers, use_gpu, threads_each=None if use_gpu else job.threads,
+            data_actors=job.settings.workers if use_gpu else 1,
+        )
 
         def work() -> dict[str, Any]:
             return fit(stage, rows, rows_per_step, workers, job.lease.epoch, job.settings.run)

@@ -15,7 +15,7 @@ from nanochat_ray.run_dir import existing_run, storage_path, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_ray.metrics.core import CoreRecord
-    from nanochat_ray.stages.evaluation import EvalSpec, Nats, Unit
+    from nanochat_ray.stages.evaluation import Nats, Unit
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -26,7 +26,7 @@ ITEMS_PER_UNIT = 40
 def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
     from _evaluate import checkpoint_of, run_units
 
-    from nanochat_ray.metrics.core_bundle import find_bundle
+    from nanochat_ray.metrics.core_bundle import find_bundle, load_bundle
     from nanochat_ray.report.records import Sample
     from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit, EvalSpec, SampleUnit
     from nanochat_ray.tasks.rows import TaskDataMissing
@@ -45,7 +45,7 @@ def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
         "settings": settings.identity(),
         "model": checkpoint.model_hash,
         "data": manifest.hash,
-        "bundle": str(bundle) if bundle else None,
+        "bundle": load_bundle(bundle).sha256 if bundle and job.settings.eval_bundle else None,
     }
     with job.stage("base_eval", config) as notes:
         if notes is None:
@@ -68,7 +68,7 @@ def run(job: Job, settings: BaseEvalSettings, manifest: DataManifest) -> None:
         notes.metrics |= {"step": checkpoint.step}
         for split in ("train", "val") if "bpb" in parts else ():
             sums = [r for unit, part in found for r in part if isinstance(unit, BpbUnit) and unit.split == split]
-            note_bpb(split, sums, checkpoint.model_config.sequence_len, dtype_name(spec), notes)
+            note_bpb(split, sums, checkpoint.model_config.sequence_len, notes)
         if bundle:
             note_core(job, bundle, [r for unit, part in found if isinstance(unit, CoreUnit) for r in part], notes)
         notes.samples += [Sample(**r) for unit, part in found if isinstance(unit, SampleUnit) for r in part]
@@ -91,13 +91,7 @@ def core_units(bundle: Path, max_per_task: int | None) -> list[Unit]:
     ]
 
 
-def dtype_name(spec: EvalSpec) -> str:
-    from nanochat_ray.model.precision import pick_dtype
-
-    return str(pick_dtype(spec.device, spec.dtype)[0])
-
-
-def note_bpb(split: str, sums: list[Nats], sequence_len: int, dtype: str, notes: Notes) -> None:
+def note_bpb(split: str, sums: list[Nats], sequence_len: int, notes: Notes) -> None:
     """Bits per byte of a split, with what the number depends on."""
     from nanochat_ray.metrics.bits_per_byte import bits_per_byte
     from nanochat_ray.stages.pretrain import bpb_convention
@@ -105,7 +99,7 @@ def note_bpb(split: str, sums: list[Nats], sequence_len: int, dtype: str, notes:
     bpb = bits_per_byte(sum(part.nats for part in sums), sum(part.bytes for part in sums))
     n_rows = sum(part.rows for part in sums)
     logger.info("base_eval: %s bpb %.4f over %d rows of %d tokens", split, bpb, n_rows, sequence_len)
-    notes.metrics |= {f"{split}/bpb": bpb, f"{split}/convention": bpb_convention(n_rows, sequence_len, dtype)}
+    notes.metrics |= {f"{split}/bpb": bpb, f"{split}/convention": bpb_convention(n_rows, sequence_len, sums[0].dtype)}
     if split == "train":
         notes.metrics["train/note"] = "the first training documents; tokenizer and model have seen them"
 

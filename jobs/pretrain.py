@@ -7,7 +7,7 @@ from pathlib import Path
 
 from _runtime import Job, main, open_job
 
-from nanochat_ray.config import PretrainSettings, RunSettings
+from nanochat_ray.config import PretrainSettings, RunSettings, TokenizerSettings
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.flags import Section, read_flags
 
@@ -17,6 +17,7 @@ logger = logging.getLogger("nanochat_ray")
 def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
     from _train import train
 
+    from nanochat_ray.model.checkpoint import drop_after
     from nanochat_ray.stages.pretrain import PretrainJob
     from nanochat_ray.stages.rows import CorpusRows
     from nanochat_ray.text.tokenizer import Tokenizer
@@ -28,6 +29,10 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
         if notes is None:
             return
         bundle = eval_bundle(job) if settings.core_metric_every else None
+        if settings.core_metric_every and bundle is None:
+            notes.skip("CORE while training", "no CORE bundle below the storage; name one with --eval-bundle")
+        if settings.resume_from_step is not None:
+            drop_after(job.run_dir.checkpoints("pretrain"), settings.resume_from_step)
         stage = PretrainJob(
             settings, job.run_dir.stage("pretrain"), tokenizer_folder, manifest, job.settings.dtype, bundle
         )
@@ -60,9 +65,13 @@ def cli() -> None:
     flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("pretrain", PretrainSettings())])
     from _data import pin_data
 
+    from nanochat_ray.corpus.shards import shards_needed
+    from nanochat_ray.model.scaling import plan_training
+
     settings, pretrain_settings = flags.settings(RunSettings), flags.settings(PretrainSettings)
+    n_shards = shards_needed(plan_training(pretrain_settings, TokenizerSettings().vocab_size).total_tokens)
     with open_job(settings, settings.model_tag or f"d{pretrain_settings.depth}") as job:
-        run(job, pretrain_settings, pin_data(settings, job.run_dir, job.device))
+        run(job, pretrain_settings, pin_data(settings, job.run_dir, job.device, n_shards))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
     sources = job.task_sources()
     missing: list[tuple[str, str]] = []
     if resolved.mixture:
-        train_specs = val_specs = list(resolved.mixture)
+        train_specs = val_specs = [absolute(spec) for spec in resolved.mixture]
     elif world_folder:
         train_specs = val_specs = [f"world={world_folder}"]
     else:
@@ -57,8 +57,8 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
         tuple(val_specs), "val", sources, tokenizer_folder, resolved.max_seq_len, resolved.seed
     )
     config = {
-        "settings": resolved.identity(),
-        "mixture": rows.fingerprint(),
+        "settings": resolved.identity() | {"mixture": None},  # with the files' contents in the next line
+        "mixture": mixture_identity(train_specs) if resolved.mixture else None,
         "tokenizer": tokenizer.hash,
         "base_model": base.model_hash,
     }
@@ -79,6 +79,27 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
         result = train(job, stage, rows, resolved.total_batch_size // resolved.max_seq_len, resolved.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= {"tokenizer": tokenizer.hash, "base_model": base.model_hash}
+
+
+def absolute(spec: str) -> str:
+    """A mixture's spec with its file's whole path: other processes have other working folders."""
+    from nanochat_ray.tasks.catalog import TaskSpec
+
+    parsed = TaskSpec.parse(spec)
+    return f"{parsed.name}={Path(parsed.path).expanduser().absolute()}*{parsed.repeats}" if parsed.path else spec
+
+
+def mixture_identity(specs: Sequence[str]) -> list[list[str | int | None]]:
+    """Name, repeats and the contents' hash of each part of a mixture, wherever its files lie."""
+    from nanochat_ray.model.checkpoint import file_hash
+    from nanochat_ray.tasks.catalog import TaskSpec
+
+    found: list[list[str | int | None]] = []
+    for part in map(TaskSpec.parse, specs):
+        file = Path(part.path) if part.path else None
+        contents = file_hash(file) if file and file.is_file() else file and file.name
+        found.append([part.name, part.repeats, str(contents) if contents else None])
+    return found
 
 
 def available(specs: Sequence[str], split: Split, sources: TaskSources) -> tuple[list[str], list[tuple[str, str]]]:

@@ -82,9 +82,12 @@ def speedrun(settings: SpeedrunSettings) -> None:
 def chat_command(settings: RunSettings, run_folder: Path) -> str:
     """The command line that opens a chat with this run's model, from any folder."""
     script = Path(__file__).resolve().parent / "chat_cli.py"
+    command = [sys.executable, str(script)]
+    if "_ray_pkg_" in str(script):  # Ray's copy of a submitted folder, which does not last
+        command = ["python", "jobs/chat_cli.py"]
     elsewhere = settings.storage or os.environ.get("NANOCHAT_BASE_DIR")  # which the next shell may not have
     storage = ["--storage", str(run_folder.parent)] if elsewhere else []
-    return shlex.join([sys.executable, str(script), *storage, "--model-tag", run_folder.name])
+    return shlex.join([*command, *storage, "--model-tag", run_folder.name])
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +96,7 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 def cli() -> None:
     flags = read_flags(__doc__ or "", SECTIONS, extra=add_preset)
-    settings, line = settings_from(flags, find_machine())
+    settings, line = settings_from(flags, find_machine(flags.settings(RunSettings).ray))
     print(line, flush=True)
     speedrun(settings)
 

@@ -6,7 +6,7 @@ import time
 
 from _runtime import Job, main, open_job
 
-from nanochat_ray.config import RunSettings, TokenizerSettings
+from nanochat_ray.config import PretrainSettings, RunSettings, TokenizerSettings
 from nanochat_ray.corpus.reader import DataManifest, iter_documents
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import DONE_FILE
@@ -43,7 +43,7 @@ def cli() -> None:
 
     flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("tokenizer", TokenizerSettings())])
     settings = flags.settings(RunSettings)
-    with open_job(settings, settings.model_tag or "default") as job:
+    with open_job(settings, settings.model_tag or f"d{PretrainSettings().depth}") as job:
         run(job, flags.settings(TokenizerSettings), pin_data(settings, job.run_dir, job.device))
 
 

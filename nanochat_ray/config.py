@@ -6,8 +6,6 @@ not part of a finished stage's identity. Imports neither torch nor Ray.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -33,11 +31,6 @@ class Settings(BaseModel):
             if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("identity") is False
         }
         return self.model_dump(mode="json", exclude=skip)
-
-
-def config_hash(values: Any) -> str:
-    """SHA-256 of plain JSON values, key order left out of account."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class ModelConfig(Settings):

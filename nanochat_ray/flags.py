@@ -196,13 +196,6 @@ def read_flags(
     return Flags(parser, sections, given, argparse.Namespace(**{dest: getattr(values, dest) for dest in own}))
 
 
-def parse_args(
-    description: str, sections: Sequence[Section], argv: Sequence[str] | None = None, epilog: str = ""
-) -> dict[str, Settings]:
-    """`read_flags` for a job without presets: its checked settings by section key."""
-    return read_flags(description, sections, argv, epilog).all()
-
-
 def dump(settings: Settings | Mapping[str, Settings]) -> dict[str, Any]:
     """Settings as plain JSON values that `--config` reads back to the same settings."""
     if isinstance(settings, Settings):

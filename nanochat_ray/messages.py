@@ -11,6 +11,10 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 
 
+class ClusterError(RuntimeError):
+    """The cluster cannot give what a job needs, or lost it too often."""
+
+
 @dataclass(frozen=True)
 class World:
     """Who this process is among the ranks of a training run. An argument, never a global."""

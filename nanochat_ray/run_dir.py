@@ -167,7 +167,8 @@ class RunDir:
     def require_stage(self, stage: str, job: str) -> Path:
         """The folder of a finished stage, or FileNotFoundError that names the job to run."""
         if not self.is_done(stage):
-            raise FileNotFoundError(f"stage {stage} of {self.root} is not finished; run jobs/{job} first")
+            command = f"jobs/{job} --model-tag {self.root.name}"
+            raise FileNotFoundError(f"stage {stage} of {self.root} is not finished; run {command} first")
         return self.stage(stage)
 
 

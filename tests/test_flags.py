@@ -16,7 +16,7 @@ from nanochat_ray.config import (
     SFTSettings,
     TokenizerSettings,
 )
-from nanochat_ray.flags import REFUSED, Flags, Section, dump, nearest, parse_args, read_flags
+from nanochat_ray.flags import REFUSED, Flags, Section, dump, nearest, read_flags
 
 RUN = Section("run", RunSettings())
 PRETRAIN = [RUN, Section("pretrain", PretrainSettings())]
@@ -249,7 +249,7 @@ def test_saved_settings_can_be_fed_back(tmp_path, suffix):
     before = read(PRETRAIN, line).all()
     path = tmp_path / f"config.{suffix}"
     path.write_text(json.dumps(dump(before)) if suffix == "json" else yaml.safe_dump(dump(before)))
-    assert parse_args("A job.", PRETRAIN, ["--config", str(path)]) == before
+    assert read_flags("A job.", PRETRAIN, ["--config", str(path)]).all() == before
     mixture = SFTSettings(mixture=("a", "b*2"))
     path.write_text(json.dumps(dump(mixture)))
     assert read(SFT, f"--config {path}").settings(SFTSettings) == mixture

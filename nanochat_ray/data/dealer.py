@@ -24,22 +24,29 @@ DealerHandle: TypeAlias = ray.actor.ActorHandle
 
 ITEMS_PER_EXECUTION = 512  # of Ray Data; the stream has no end, its executions do
 STEPS_AHEAD = 4
-READ_AHEAD_BYTES = 256 * 2**20
+ITEMS_AHEAD = 6  # per packing process
 WAIT_S = 600.0
 NO_ROWS = PackedRows(np.zeros((0, 1), dtype=np.uint16))
 
 
 class PackItems:
-    """Ray Data's side of packing: one item in, its rows out as one block of tensors."""
+    """Ray Data's side of packing: one item in, its rows out as one block of tensors.
 
-    def __init__(self, source: RowSource):
-        self.source = source
+    It waits until the item is near its turn. Left to its own back-pressure Ray Data reads far ahead, and its executor
+    keeps a CPU busy with waiting.
+    """
+
+    def __init__(self, source: RowSource, dealer: DealerHandle, stream: str):
+        self.source, self.dealer, self.stream = source, dealer, stream
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for number, item in zip(batch["number"], batch["item"], strict=True):
+            ray.get(self.dealer.wait_for_turn.remote(self.stream, int(number)))
             rows = self.source.pack(int(item))
-            if not len(rows):
-                continue
+            if not len(rows):  # an item without rows is heard of too: as one row that has consumed nothing
+                width, mask = rows.tokens.shape[1], rows.mask
+                blank = None if mask is None else np.zeros((1, width), dtype=bool)
+                rows = PackedRows(np.zeros((1, width), rows.tokens.dtype), blank, np.zeros(1, np.int32))
             consumed = np.arange(1, len(rows) + 1) if rows.consumed is None else rows.consumed
             block = {"number": np.full(len(rows), number), "tokens": rows.tokens, "consumed": consumed}
             if rows.mask is not None:
@@ -47,32 +54,29 @@ class PackItems:
             yield block
 
 
-def packed_items(source: RowSource, cursor: Cursor, actors: int) -> Iterator[tuple[Visit, PackedRows]]:
+def packed_items(
+    source: RowSource, cursor: Cursor, actors: int, dealer: DealerHandle, stream: str
+) -> Iterator[tuple[Visit, PackedRows]]:
     """Every item from the cursor on with its rows, in order, read, tokenized and packed by Ray Data."""
-    visits = visits_from(source, cursor)
+    visits = enumerate(visits_from(source, cursor))
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        cpu=float(actors), object_store_memory=READ_AHEAD_BYTES
-    )
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=float(actors))
+    context.target_max_block_size = None  # one block an item, however large
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # ranks may evaluate for an hour between two steps
     with ray.data.DataContext.current(context):
-        while batch := list(islice(visits, ITEMS_PER_EXECUTION)):
-            numbered = [{"number": number, "item": visit.item} for number, visit in enumerate(batch)]
+        while batch := dict(islice(visits, ITEMS_PER_EXECUTION)):
+            numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
             dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
-                PackItems, fn_constructor_args=(source,), batch_size=1, num_cpus=1,
+                PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
                 compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered))),
             )
-            given = 0  # visits of this batch given out so far
             blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
             for block in blocks:
                 for number, rows in _by_item(block):
-                    yield from ((barren, NO_ROWS) for barren in batch[given:number])
                     yield batch[number], rows
-                    given = number + 1
-            yield from ((barren, NO_ROWS) for barren in batch[given:])
 
 
 def _by_item(block: dict[str, np.ndarray]) -> Iterator[tuple[int, PackedRows]]:
@@ -81,7 +85,8 @@ def _by_item(block: dict[str, np.ndarray]) -> Iterator[tuple[int, PackedRows]]:
     for start, stop in zip(starts, np.r_[starts[1:], len(numbers)], strict=True):
         part = slice(int(start), int(stop))
         mask = block["mask"][part] if "mask" in block else None
-        yield int(numbers[start]), PackedRows(block["tokens"][part], mask, block["consumed"][part])
+        rows = PackedRows(block["tokens"][part], mask, block["consumed"][part])
+        yield int(numbers[start]), rows if block["consumed"][start] else NO_ROWS
 
 
 class RowDealer:
@@ -94,11 +99,12 @@ class RowDealer:
         self._parts: dict[tuple[int, int], PackedBatch | None] = {}
         self._error: Exception | None = None
         self._end: int | None = None
+        self._taken = 0  # items of the stream that were needed so far
 
     def open(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
         """Start dealing from a cursor under a new name; calls for the old name end with an error."""
         with self._changed:
-            self._stream, self._parts, self._error, self._end = stream, {}, None, None
+            self._stream, self._parts, self._error, self._end, self._taken = stream, {}, None, None, 0
             self._changed.notify_all()
         threading.Thread(target=self._produce, args=(stream, cursor, first_step, world_size), daemon=True).start()
 
@@ -122,10 +128,26 @@ class RowDealer:
                 raise TimeoutError(f"no rows for step {step} within {WAIT_S:.0f} s; has the cluster a CPU for data?")
             return None
 
+    def wait_for_turn(self, stream: str, number: int) -> None:
+        """Return when item `number` of the stream is at most ITEMS_AHEAD per packing process before its use."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stream != stream or number < self._taken + ITEMS_AHEAD * self.actors
+            )
+
+    def _packed(self, stream: str, cursor: Cursor) -> Iterator[tuple[Visit, PackedRows]]:
+        """The packed items, counted as they are taken."""
+        this = ray.get_runtime_context().current_actor
+        for taken, packed in enumerate(packed_items(self.source, cursor, self.actors, this, stream), 1):
+            with self._changed:
+                self._taken = taken
+                self._changed.notify_all()
+            yield packed
+
     def _produce(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
         end = first_step
         try:
-            blocks = row_blocks(packed_items(self.source, cursor, self.actors), cursor, len(self.source.sizes()))
+            blocks = row_blocks(self._packed(stream, cursor), cursor, len(self.source.sizes()))
             for step, cut in enumerate(cut_steps(blocks, self.rows_per_step), first_step):
                 with self._changed:
                     self._changed.wait_for(
@@ -154,7 +176,8 @@ class RowDealer:
 def start_dealer(source: RowSource, rows_per_step: int, world_size: int, actors: int) -> DealerHandle:
     """The dealer as an actor. It reserves no CPU: packing happens in Ray Data's own actors."""
     actor_class: Any = ray.remote(RowDealer)
-    return actor_class.options(num_cpus=0, max_concurrency=2 * world_size + 2).remote(source, rows_per_step, actors)
+    calls = 2 * world_size + actors + 3  # of which most only wait
+    return actor_class.options(num_cpus=0, max_concurrency=calls, max_restarts=3).remote(source, rows_per_step, actors)
 
 
 def batches_from(dealer: DealerHandle, stream: str, step: int, rank: int) -> Iterator[PackedBatch]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 
 from nanochat_ray.config import THREADS_ENV
+from nanochat_ray.messages import ClusterError
 from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, Record, Unit
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class EvalActor(Evaluator):
 def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:
     """Evaluate every unit on `actors` actors and return their records in the order of `units`.
 
-    An actor that dies is replaced and its unit done again, at most MAX_TRIES times. Raises RuntimeError if no actor
+    An actor that dies is replaced and its unit done again, at most MAX_TRIES times. Raises ClusterError if no actor
     can be placed within START_TIMEOUT_S, and whatever a unit itself raises.
     """
     use_gpu = spec.device.startswith("cuda")
@@ -42,38 +43,38 @@ def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int =
     results: list[list[Record] | None] = [None] * len(units)
     waiting = deque(range(len(units)))
     tries = [0] * len(units)
+    idle: deque[ray.actor.ActorHandle] = deque()
+    starting: dict[ray.ObjectRef, ray.actor.ActorHandle] = {actor.ready.remote(): actor for actor in pool}
     running: dict[ray.ObjectRef, tuple[int, ray.actor.ActorHandle]] = {}
     try:
-        wait_until_placed(pool)
-        idle = deque(pool)
         while waiting or running:
-            while waiting and idle:
+            while waiting and idle:  # only actors that have a place get work; others may never get one
                 number, actor = waiting.popleft(), idle.popleft()
                 running[actor.run.remote(units[number])] = (number, actor)
-            finished, _ = ray.wait(list(running), num_returns=1)
+            deadline_s = None if running else START_TIMEOUT_S
+            finished, _ = ray.wait([*running, *starting], num_returns=1, timeout=deadline_s)
+            if not finished:
+                raise ClusterError(
+                    f"no evaluation actor could be placed in {START_TIMEOUT_S:.0f} s; free: {ray.available_resources()}"
+                )
+            if finished[0] in starting:
+                ray.get(finished[0])
+                idle.append(starting.pop(finished[0]))
+                continue
             number, actor = running.pop(finished[0])
             try:
                 results[number] = ray.get(finished[0])
+                idle.append(actor)
             except RayActorError as error:
                 tries[number] += 1
                 if tries[number] >= MAX_TRIES:
                     raise RuntimeError(f"{tries[number]} actors died evaluating {units[number]}: {error}") from error
                 logger.warning("an evaluation actor died; its unit is done again on another")
-                actor = actor_class.remote(spec)
-                pool.append(actor)
                 waiting.appendleft(number)
-            idle.append(actor)
+                pool.append(actor_class.remote(spec))
+                starting[pool[-1].ready.remote()] = pool[-1]
     finally:
         for actor in pool:
             ray.kill(actor)
     return [records for records in results if records is not None]
 
-
-def wait_until_placed(pool: Sequence[ray.actor.ActorHandle]) -> None:
-    """Raise RuntimeError with what is there if the first actor does not start in time."""
-    try:
-        ray.get(pool[0].ready.remote(), timeout=START_TIMEOUT_S)
-    except GetTimeoutError:
-        raise RuntimeError(
-            f"no evaluation actor could be placed in {START_TIMEOUT_S:.0f} s; free: {ray.available_resources()}"
-        ) from None

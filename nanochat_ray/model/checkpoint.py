@@ -35,7 +35,7 @@ META_FILE = "meta.json"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
-class CorruptCheckpointError(RuntimeError):
+class CorruptCheckpointError(ValueError):
     """A checkpoint folder whose files do not match its manifest."""
 
 
@@ -185,6 +185,20 @@ def resolve_checkpoint(root: Path, step: int | None) -> Checkpoint:
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {root}; train the stage first")
     return found
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, so that `step`, which must verify, is the one to go on from."""
+    open_checkpoint(root, step)
+    for later in saved_steps(root):
+        if later > step:
+            shutil.rmtree(step_folder(root, later))
+
+
+def sweep(root: Path) -> None:
+    """Remove what writers that were killed left half-written."""
+    for leftover in root.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

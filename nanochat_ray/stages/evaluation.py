@@ -107,6 +107,7 @@ class Nats:
     rows: int
     nats: float
     bytes: int
+    dtype: str  # of the arithmetic
 
 
 Unit: TypeAlias = CoreUnit | ChatUnit | BpbUnit | SampleUnit
@@ -140,7 +141,8 @@ class Evaluator:
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.spec.device)
         batches = micro_batches(part, self.spec.device_batch_size, self.spec.device)
         with torch.inference_mode():
-            return [Nats(len(part), *evaluate_bpb(self.model, batches, token_bytes))]
+            sums = evaluate_bpb(self.model, batches, token_bytes)
+        return [Nats(len(part), *sums, str(self.model.compute_dtype))]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one evaluator per process, which lives as long as it
     def split_rows(self, split: Split, n_rows: int) -> PackedRows:

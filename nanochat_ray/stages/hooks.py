@@ -13,7 +13,7 @@ from torch import Tensor
 from nanochat_ray.messages import Cursor, PackedBatch, World
 from nanochat_ray.model.checkpoint import save_checkpoint
 from nanochat_ray.report.tracker import Tracker
-from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, writing_as
+from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, check_writer, writing_as
 
 Metrics = dict[str, Any]
 OpenBatches = Callable[[Cursor, int], Iterator[PackedBatch]]  # (cursor, first step) -> this rank's batches from there
@@ -47,20 +47,16 @@ class Hooks(Protocol):
 class FolderHooks:
     """Hooks that write into the stage's folder: metrics (and wandb), and checkpoints guarded by the run's lease."""
 
-    def __init__(self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None,
-                 on_report: Callable[[int, Metrics], None] | None = None):
+    def __init__(self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None):
         self.folder = stage_folder
         self.lease_epoch = lease_epoch
         self.world = world
         self.tracker = tracker
-        self.on_report = on_report
         self._last_save_s = time.monotonic()
 
     def report(self, step: int, metrics: Metrics) -> None:
         if self.tracker is not None:
             self.tracker.log(step, metrics)
-        if self.on_report is not None:
-            self.on_report(step, metrics)
 
     def save(self, step: int, state: TrainingState) -> None:
         if self.world.rank == 0:
@@ -72,6 +68,7 @@ class FolderHooks:
         self._last_save_s = time.monotonic()
 
     def stop_requested(self) -> bool:
+        check_writer(self.folder.parent, self.lease_epoch)  # an orphan of a job that was followed by another ends here
         return (self.folder / STOP_FILE).exists()
 
     def save_due(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from nanochat_ray.config import PretrainSettings
 from nanochat_ray.corpus.reader import DataManifest, validation_rows
 from nanochat_ray.messages import World
-from nanochat_ray.model.checkpoint import latest_checkpoint, load_weights, model_tensors, open_checkpoint
+from nanochat_ray.model.checkpoint import latest_checkpoint, load_weights, model_tensors
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.precision import pick_dtype, prepare_device
@@ -80,9 +80,7 @@ def pretrain(job: PretrainJob, world: World, open_batches: OpenBatches, hooks: H
 
 def resume(job: PretrainJob, model: GPT, optimizer: MuonAdamW) -> LoopState:
     """Load the checkpoint to go on from into model and optimizer, if there is one."""
-    root = job.stage_folder / CHECKPOINTS
-    step = job.settings.resume_from_step
-    checkpoint = latest_checkpoint(root) if step is None else open_checkpoint(root, step)
+    checkpoint = latest_checkpoint(job.stage_folder / CHECKPOINTS)
     if checkpoint is None:
         return LoopState()
     if checkpoint.model_config != model.config:

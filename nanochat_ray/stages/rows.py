@@ -93,13 +93,6 @@ class MixtureRows:
         rendered = (render(tokenizer, mixture[i], max_tokens=capacity) for i in places)
         return pack_conversations(rendered, capacity, tokenizer.bos_id, token_dtype(tokenizer.vocab_size))
 
-    def fingerprint(self) -> dict[str, object]:
-        """What the mixture is made of, without the place where its files lie."""
-        return {
-            "specs": [str(Path(spec).name) if "/" in spec else spec for spec in self.specs],
-            "conversations": len(_mixture(self.specs, self.split, self.sources)),
-        }
-
     def first_rows(self, n: int) -> PackedRows:
         """The first `n` rows in the mixture's own order, fewer if there are no more: the fixed set of validation."""
         parts: list[PackedRows] = []

@@ -18,11 +18,13 @@ import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
-from nanochat_ray.messages import Cursor, World
+from nanochat_ray.messages import ClusterError, Cursor, World
 from nanochat_ray.report.tracker import Tracker
+from nanochat_ray.run_dir import StaleWriterError
 from nanochat_ray.stages.hooks import FolderHooks, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_WORKER_FAILURES = 3
 GROUP_TIMEOUT_S = 1800
 RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
+USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
@@ -85,10 +88,18 @@ def fit(
         run_config=run_config,
     )
     try:
-        return trainer.fit().return_value
+        result = trainer.fit().return_value
+    except WorkerGroupError as error:
+        causes = list(error.worker_failures.values())
+        known: list[Exception] = [cause for cause in causes if isinstance(cause, USER_ERRORS)]
+        known.append(ClusterError(f"training failed {MAX_WORKER_FAILURES + 1} times: {causes[0]}"))
+        raise known[0] from error
     finally:
         ray.kill(dealer)
         shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def train_worker(config: dict[str, Any]) -> Any:
@@ -108,6 +119,10 @@ def train_worker(config: dict[str, Any]) -> Any:
     hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker)
     try:
         return STAGES[type(job)](job, world, open_from(config["dealer"], world), hooks)
+    except USER_ERRORS as error:
+        if world.world_size > 1:  # the other ranks must not wait for this one
+            raise
+        return error  # trying again would not help
     finally:
         if tracker is not None:
             tracker.finish()
@@ -128,7 +143,7 @@ def open_from(dealer: DealerHandle, world: World) -> OpenBatches:
 
 
 def preflight(workers: Workers) -> None:
-    """Raise RuntimeError with the numbers if the cluster cannot ever hold the workers and the data processes."""
+    """Raise ClusterError with the numbers if the cluster cannot ever hold the workers and the data processes."""
     have = ray.cluster_resources()
     need = {"CPU": workers.count * workers.cpus_each + workers.data_actors}
     if workers.use_gpu:
@@ -137,7 +152,7 @@ def preflight(workers: Workers) -> None:
     if short:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
         there = ", ".join(f"{have.get(name, 0):g} {name}" for name in need)
-        raise RuntimeError(
+        raise ClusterError(
             f"training needs {wanted} ({workers.count} workers with {workers.cpus_each:g} CPU each, "
             f"{workers.data_actors} for data), the cluster has {there}. Lower --workers, or start Ray with more "
             "(ray start --head --num-cpus N)."

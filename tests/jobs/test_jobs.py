@@ -57,7 +57,7 @@ def test_again_skips_what_is_done(tiny_run):
 def test_other_settings_are_an_error_with_the_difference(tiny_run):
     storage, _ = tiny_run
     code, out = run(storage, "speedrun.py", *TINY, "--pretrain.matrix-lr", "0.5")
-    assert code == 1 and "settings.matrix_lr: 0.02 -> 0.5" in out and "--model-tag" in out and "Traceback" not in out
+    assert code == 1 and "settings.matrix_lr: 0.35 -> 0.5" in out and "--model-tag" in out and "Traceback" not in out
 
 
 def test_other_data_is_an_error(tiny_run, shards):

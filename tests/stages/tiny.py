@@ -39,9 +39,8 @@ class Recorder(FolderHooks):
 
     def __post_init__(self):
         super().__init__(self.stage_folder, self.epoch, World(), None)
-        self.on_report = self.note
 
-    def note(self, step, metrics):
+    def report(self, step, metrics):
         if "train/loss_step" not in metrics:
             return
         self.records.append({"step": step, **metrics})
@@ -49,7 +48,7 @@ class Recorder(FolderHooks):
             raise RuntimeError("broken on purpose")
 
     def stop_requested(self):
-        return self.stop_at is not None and len(self.records) + 1 >= self.stop_at
+        return super().stop_requested() or (self.stop_at is not None and len(self.records) + 1 >= self.stop_at)
 
     @property
     def losses(self) -> list[float]:
