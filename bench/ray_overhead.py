@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from nanochat_ray.config import THREADS_ENV
+
 SKIPPED_STEPS = 10
 
 
@@ -65,7 +67,7 @@ def measure(arm: str, steps: int, threads: int) -> tuple[float, float]:
     """Median seconds of a step and from step to step."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "RAY_AUTH_MODE": "disabled",
-                            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # fmt: skip
+                            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **THREADS_ENV}  # fmt: skip
         command = [sys.executable, __file__, "--arm", arm, "--folder", folder, "--steps", str(steps)]
         subprocess.run([*command, "--threads", str(threads)], env=env, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "pretrain" / "metrics.jsonl").read_text().splitlines()
