@@ -1,4 +1,4 @@
-"""Pretraining: the loop in which rows of text become a model. One plain process and Ray's workers both call `pretrain`."""
+"""Pretraining: the loop in which rows of text become a model. A plain process and Ray's workers call `pretrain`."""
 
 from __future__ import annotations
 

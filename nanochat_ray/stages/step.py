@@ -54,15 +54,6 @@ class LoopState:
             self.min_val_bpb = bpb if self.min_val_bpb is None else min(bpb, self.min_val_bpb)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step's gradient pass, the same numbers on every rank."""
-
-    loss: float  # mean over all supervised targets of the step, nats
-    n_targets: int
-    seconds: float
-
-
 def micro_batches(
     rows: PackedBatch | PackedRows, device_batch_size: int, device: str
 ) -> Iterator[tuple[Tensor, Tensor]]:

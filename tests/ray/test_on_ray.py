@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat_ray.messages import Cursor, SamplingParams
+from nanochat_ray.messages import Cursor
 from nanochat_ray.model.checkpoint import open_checkpoint, saved_steps
 from nanochat_ray.report.metrics_log import read_metrics
 from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE
-from nanochat_ray.stages.evaluation import BpbUnit, ChatUnit, EvalSpec, SampleUnit, cut, run_units_here
+from nanochat_ray.stages.evaluation import BpbUnit, EvalSpec, SampleUnit, cut, run_units_here
 from nanochat_ray.stages.rows import plain_row_blocks
 from nanochat_ray.text.packing import step_batches
 from tests.stages.tiny import ROWS_PER_STEP, STEPS, Recorder, conversations, make_run, make_sft, run_pretrain, run_sft
@@ -138,7 +138,6 @@ def test_evaluation_on_actors_gives_the_same_records(plain):
     units = [BpbUnit("val", 12, start, start + 4) for start in (0, 4, 8)] + [SampleUnit()]
     assert run_units(spec, units, actors=2) == run_units_here(spec, units)
     assert cut(range(5), 2) == [(0, 1), (2, 3), (4,)]
-    assert ChatUnit("x", (0,), SamplingParams()).batch_size == 8
 
 
 def test_what_cannot_fit_is_an_error_with_numbers_not_a_wait():
