@@ -29,7 +29,7 @@ def run_units(job: Job, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Reco
     if job.settings.eval_workers is not None:
         actors = job.settings.eval_workers
     elif job.device.startswith("cuda"):
-        actors = job.settings.workers
+        actors = job.settings.worker_range[0]
     else:
         actors = available_cpus()
     threads = max(1, available_cpus() // actors)

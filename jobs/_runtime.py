@@ -92,7 +92,7 @@ class Job:
     def use_ray(self) -> bool:
         """Whether stages run on Ray; the cluster is joined or started when the first stage asks."""
         if self.settings.ray and not self._has_ray:
-            self.resources.enter_context(ray_cluster(self.settings.workers))
+            self.resources.enter_context(ray_cluster(self.settings.worker_range[1]))
             self._has_ray = True
         return self.settings.ray
 
@@ -217,7 +217,7 @@ def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
     else:
         device = pick_device(settings.device_type)
     with Lease.acquire(run_dir.root) as lease, contextlib.ExitStack() as stack:
-        threads = max(1, available_cpus() // settings.workers)
+        threads = max(1, available_cpus() // settings.worker_range[1])
         yield Job(settings, run_dir, lease, device, threads, stack)
 
 

@@ -30,14 +30,14 @@ def train(
 
         use_gpu = job.device.startswith("cuda")
         workers = Workers(
-            job.settings.workers, use_gpu, threads_each=None if use_gpu else job.threads,
-            data_actors=job.settings.workers if use_gpu else 1,
+            job.settings.worker_range[1], use_gpu, threads_each=None if use_gpu else job.threads,
+            data_actors=job.settings.worker_range[1] if use_gpu else 1,
         )
 
         def work() -> dict[str, Any]:
             return fit(stage, rows, rows_per_step, workers, job.lease.epoch, job.settings.run)
     else:
-        if job.settings.workers > 1:
+        if job.settings.worker_range[0] > 1:
             raise ValueError("--workers above 1 needs Ray; leave --no-ray out")
 
         def work() -> dict[str, Any]:

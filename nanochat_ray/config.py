@@ -112,7 +112,11 @@ class PretrainSettings(Settings):
     final_lr_frac: float = Field(0.05, ge=0, le=1)
     muon_eq: bool = Field(True, description="equalise the rows before orthogonalisation")
     muon_plus: bool = Field(True, description="reset the norm after orthogonalisation")
-    fp8: bool = Field(False, description="fp8 linear layers (refused until the project has them)")
+    packing: Literal["best-fit", "stream"] = Field(
+        "best-fit", description="best-fit: whole documents where they fit; stream: contiguous tokens, nothing cut"
+    )
+    fp8: bool = Field(False, description="large linear layers in fp8 (CUDA compute capability 8.9 and later)")
+    fp8_recipe: Literal["tensorwise", "rowwise"] = Field("tensorwise", description="what shares one fp8 scale")
     compile: bool | None = Field(None, description="torch.compile; unset: on CUDA only", json_schema_extra=RUN_ONLY)
     seed: int = Field(42, description="of the initial weights and the data order")
     resume_from_step: int | None = Field(
@@ -126,13 +130,6 @@ class PretrainSettings(Settings):
     save_every: int | None = Field(
         None, gt=0, description="steps between checkpoints; unset: every 10 minutes", json_schema_extra=RUN_ONLY
     )
-
-    @field_validator("fp8")
-    @classmethod
-    def _no_fp8_yet(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("fp8 training is not part of this version; leave --fp8 out to train in the compute dtype")
-        return value
 
     @model_validator(mode="after")
     def _checks(self) -> PretrainSettings:
@@ -269,12 +266,36 @@ class RunSettings(Settings):
     max_shards: int | None = Field(None, gt=0, description="training shards; unset: all, or what is needed")
     task_data: str | None = Field(None, description="folder of task data (gsm8k/, ...); unset: below the storage")
     eval_bundle: str | None = Field(None, description="folder of the CORE bundle; unset: below the storage")
-    workers: int = Field(1, ge=1, description="training workers (ranks)")
+    workers: str = Field("1", description="training workers (ranks): a number, or MIN:MAX to take what there is")
+    parallel: Literal["sharded", "ddp", "zero1", "zero2", "zero3"] = Field(
+        "sharded", description="what ranks share: optimizer sharded, torch DDP, or DeepSpeed's ZeRO (extra deepspeed)"
+    )
+    max_restarts: int = Field(5, ge=0, description="relaunches in a row of training that reach no new checkpoint")
+    wait_s: float = Field(1800.0, gt=0, description="seconds to wait for the cluster to have room for the workers")
+    hang_s: float = Field(1800.0, gt=0, description="seconds without a sign of life after which a rank counts as hung")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept per stage, besides the best")
     eval_workers: int | None = Field(None, ge=1, description="evaluation actors; unset: by hardware")
     ray: bool = Field(True, description="run on Ray; --no-ray: everything in this process")
     device_type: Literal["cpu", "cuda", "mps"] | None = Field(None, description="unset: what is there")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute; unset: by hardware")
     price_per_hour: float | None = Field(None, ge=0, description="of the whole machine, for the report's cost")
+
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers(cls, value: object) -> str:
+        parts = str(value).split(":")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) >= 1 for part in parts):
+            raise ValueError(f"workers {value!r}: a number of at least 1, or MIN:MAX such as 2:8")
+        if int(parts[0]) > int(parts[-1]):
+            raise ValueError(f"workers {value!r}: MIN is above MAX")
+        return ":".join(parts)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the greatest number of training workers."""
+        parts = self.workers.split(":")
+        return int(parts[0]), int(parts[-1])
 
 
 class SpeedrunSettings(Settings):

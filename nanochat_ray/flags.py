@@ -25,7 +25,6 @@ S = TypeVar("S", bound=Settings)
 
 # Flags that a nanochat or torchrun command line has and that mean nothing here: flag -> why, and what to do.
 REFUSED = {
-    "fp8-recipe": "fp8 training is not part of this version; leave it out",
     "hf-path": "only models trained here are evaluated; leave it out",
     "dry-run": "every stage keeps what it did; give another --model-tag for a trial",
     "num-files": "the shards that the training horizon needs are fetched; --max-shards sets a limit",

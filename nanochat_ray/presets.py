@@ -60,7 +60,7 @@ def _gpu(name: str, gpus: int) -> SpeedrunSettings:
     depth, ratio, rows = GPU_PRESETS[name]
     return SpeedrunSettings(
         preset=name,
-        run=RunSettings(model_tag=name, workers=gpus, data="climbmix"),
+        run=RunSettings(model_tag=name, workers=str(gpus), data="climbmix"),
         pretrain=PretrainSettings(depth=depth, target_param_data_ratio=ratio, device_batch_size=rows),
         sft=SFTSettings(device_batch_size=min(rows, 16)),
     )
@@ -78,7 +78,7 @@ def _small(name: str) -> SpeedrunSettings:
     batch_tokens = 2048 if smoke else 4096
     return SpeedrunSettings(
         preset=name,
-        run=RunSettings(model_tag=name, workers=1, data="embedded"),
+        run=RunSettings(model_tag=name, workers="1", data="embedded"),
         tokenizer=TokenizerSettings(vocab_size=1024, max_chars=10_000_000),
         pretrain=PretrainSettings(
             depth=2 if smoke else 4, aspect_ratio=48, head_dim=32 if smoke else 64, max_seq_len=sequence_len,

@@ -208,9 +208,15 @@ def test_checks_over_several_fields_say_the_fix(capsys):
     assert "1000" in message and "the nearest that is: 1024" in message
 
 
-def test_fp8_is_refused_with_a_reason(capsys):
-    message = refused(capsys, PRETRAIN, "--depth=24 --target-param-data-ratio=8 --device-batch-size=16 --fp8")
-    assert message.startswith("--fp8: fp8 training is not part of this version")
+@pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("2:8", (2, 8))])
+def test_workers_are_a_number_or_a_range(text, expected):
+    assert RunSettings(workers=text).worker_range == expected
+
+
+@pytest.mark.parametrize("text", ["0", "4:2", "a", "1:2:3", "-1"])
+def test_workers_that_are_none(text):
+    with pytest.raises(ValueError, match="workers"):
+        RunSettings(workers=text)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
