@@ -20,9 +20,9 @@ def test_the_speedrun_of_the_spec():
     found, line = settings(machine=Machine(8, "NVIDIA H100"))
     plan = plan_training(found.pretrain, found.tokenizer.vocab_size)
     assert line == "preset d24: 8 GPUs here (NVIDIA H100)"
-    assert (found.pretrain.depth, found.run.workers, found.run.data) == (24, 8, "climbmix")
+    assert (found.pretrain.depth, found.run.worker_range, found.run.data) == (24, (8, 8), "climbmix")
     assert (plan.total_batch_size, plan.num_iterations) == (1_048_576, 5_568)
-    assert plan.grad_accum_steps(found.pretrain.device_batch_size, found.run.workers) == 4
+    assert plan.grad_accum_steps(found.pretrain.device_batch_size, 8) == 4
     assert found.run.dtype is None and not found.pretrain.fp8  # bfloat16, by hardware
 
 
