@@ -297,6 +297,17 @@ class Lease:
     def check(self) -> None:
         check_writer(self.root, self.epoch)
 
+    def advance(self) -> int:
+        """The next epoch number, still held by this job: what its earlier processes try to write is refused from now on.
+
+        For a second launch of the training workers, when one of the first may not have noticed yet that it is over.
+        """
+        with _lease_lock(self.root):
+            check_writer(self.root, self.epoch)
+            self._record["epoch"] = self.epoch = self.epoch + 1
+            write_json(self.root / LEASE_FILE, self._record)
+        return self.epoch
+
     def release(self) -> None:
         self._closed.set()
         self._thread.join()

@@ -146,3 +146,16 @@ def test_the_heart_beats(tmp_path, monkeypatch):
         while json.loads((tmp_path / run_dir.LEASE_FILE).read_text())["heartbeat"] == first:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_second_launch_shuts_out_the_first(tmp_path):
+    with Lease.acquire(tmp_path) as lease:
+        first = lease.epoch
+        assert lease.advance() == lease.epoch == first + 1
+        with pytest.raises(StaleWriterError), writing_as(tmp_path, first):
+            raise AssertionError("the first launch may not write")
+        with writing_as(tmp_path, lease.epoch):
+            pass
+        lease.check()
+    with Lease.acquire(tmp_path) as after:
+        assert after.epoch == first + 2
