@@ -40,7 +40,8 @@ def one_arm(folder: Path, arm: str, steps: int, threads: int) -> None:
     from nanochat_ray.stages.rows import CorpusRows, plain_row_blocks
     from nanochat_ray.text.packing import step_batches
     from nanochat_ray.text.tokenizer import Tokenizer
-    from nanochat_ray.train.launch import Workers, fit
+    from nanochat_ray.train.launch import fit
+    from nanochat_ray.train.room import Workers
 
     write_world(folder / "world")
     manifest = scan_data(str(folder / "world"))
@@ -54,7 +55,7 @@ def one_arm(folder: Path, arm: str, steps: int, threads: int) -> None:
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with Lease.acquire(folder) as lease:
         if arm == "ray":
-            fit(job, rows, 16, Workers(1, threads_each=threads), lease.epoch)
+            fit(job, rows, 16, Workers(threads_each=threads), lease)
         else:
             torch.set_num_threads(threads)
             with Tracker(job.stage_folder) as tracker:

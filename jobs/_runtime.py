@@ -174,7 +174,7 @@ class Job:
             if self.stop.is_set():
                 os._exit(128 + number)
             self.stop.set()
-            (folder / STOP_FILE).touch()
+            (folder / STOP_FILE).write_text("stop")
             print(f"\n{signal.Signals(number).name}: saving; once more to leave at once", flush=True)
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from _runtime import Job
@@ -26,16 +27,20 @@ def train(
     """Train to the end; returns the stage's result. Raises Stopped if a signal asked for it, with the state saved."""
     sweep(stage.stage_folder / CHECKPOINTS)
     if job.use_ray():
-        from nanochat_ray.train.launch import Workers, fit
+        from nanochat_ray.train.launch import Patience, Workers, fit
 
-        use_gpu = job.device.startswith("cuda")
+        settings, use_gpu = job.settings, job.device.startswith("cuda")
+        at_least, at_most = settings.worker_range
         workers = Workers(
-            job.settings.worker_range[1], use_gpu, threads_each=None if use_gpu else job.threads,
-            data_actors=job.settings.worker_range[1] if use_gpu else 1,
+            at_least, at_most, use_gpu, threads_each=None if use_gpu else job.threads,
+            data_actors=at_most if use_gpu else 1,
+        )
+        patience = Patience(
+            settings.max_restarts, settings.wait_s, settings.hang_s, can_grow=bool(os.environ.get("RAY_ADDRESS"))
         )
 
         def work() -> dict[str, Any]:
-            return fit(stage, rows, rows_per_step, workers, job.lease.epoch, job.settings.run)
+            return fit(stage, rows, rows_per_step, workers, job.lease, settings.run, patience)
     else:
         if job.settings.worker_range[0] > 1:
             raise ValueError("--workers above 1 needs Ray; leave --no-ray out")

@@ -7,6 +7,7 @@ again, with any number of ranks, opens the stream anew at its checkpoint's curso
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, TypeAlias
@@ -100,16 +101,19 @@ class RowDealer:
         self._error: Exception | None = None
         self._end: int | None = None
         self._taken = 0  # items of the stream that were needed so far
+        self._asked_s = time.monotonic()
 
     def open(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
         """Start dealing from a cursor under a new name; calls for the old name end with an error."""
         with self._changed:
             self._stream, self._parts, self._error, self._end, self._taken = stream, {}, None, None, 0
+            self._asked_s = time.monotonic()
             self._changed.notify_all()
         threading.Thread(target=self._produce, args=(stream, cursor, first_step, world_size), daemon=True).start()
 
     def part(self, stream: str, step: int, rank: int) -> PackedBatch | None:
         """A rank's rows of a step, None behind the stream's end. Raises what packing raised."""
+        self._asked_s = time.monotonic()
         with self._changed:
             ready = self._changed.wait_for(
                 lambda: self._stream != stream or self._error or (step, rank) in self._parts
@@ -127,6 +131,10 @@ class RowDealer:
             if not ready:
                 raise TimeoutError(f"no rows for step {step} within {WAIT_S:.0f} s; has the cluster a CPU for data?")
             return None
+
+    def silent_s(self) -> float:
+        """Seconds since a rank last asked for rows."""
+        return time.monotonic() - self._asked_s
 
     def wait_for_turn(self, stream: str, number: int) -> None:
         """Return when item `number` of the stream is at most ITEMS_AHEAD per packing process before its use."""
@@ -147,7 +155,7 @@ class RowDealer:
     def _produce(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
         end = first_step
         try:
-            blocks = row_blocks(self._packed(stream, cursor), cursor, len(self.source.sizes()))
+            blocks = row_blocks(self._packed(stream, cursor), cursor, self.source.n_items)
             for step, cut in enumerate(cut_steps(blocks, self.rows_per_step), first_step):
                 with self._changed:
                     self._changed.wait_for(

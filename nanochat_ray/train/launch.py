@@ -1,53 +1,63 @@
-"""Run a training stage through Ray Train: one worker per rank, each calling the same plain stage function."""
+"""Run a training stage through Ray Train: one worker per rank, each calling the same plain stage function.
+
+Whatever dies (a worker, a data process, Ray Train's controller, a node), the answer is one and the same: the launch is over,
+and `fit` waits for room and launches again. Every launch goes on from the newest checkpoint that verifies.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import ClusterError, Cursor, World
+from nanochat_ray.model.checkpoint import saved_steps
 from nanochat_ray.report.tracker import Tracker
-from nanochat_ray.run_dir import StaleWriterError
+from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError
 from nanochat_ray.stages.hooks import FolderHooks, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
 from nanochat_ray.stages.sft import SFTJob, finetune
+from nanochat_ray.train.room import Workers, room_for_more, wait_for_room
+from nanochat_ray.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKER_FAILURES = 3
-GROUP_TIMEOUT_S = 1800
 RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
-USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused
+RESIZE = "resize"  # in the stop file: save, stop, and go on with more workers
+LOOK_EVERY_S = 2.0
+GROW_EVERY_S = 60.0
+PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "DS_ACCELERATOR")
+USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused, but for
+PASSING_ERRORS = (ConnectionError, TimeoutError)  # which are OSErrors too
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
 @dataclass(frozen=True)
-class Workers:
-    """The machines' share of a training stage. Changes how fast it runs, not its result."""
+class Patience:
+    """How long, and how often, a stage is tried."""
 
-    count: int = 1
-    use_gpu: bool = False
-    cpus_each: float = 1.0
-    threads_each: int | None = None  # torch threads of a CPU worker; None: as Ray sets them
-    data_actors: int = 1  # processes that read, tokenize and pack
+    max_restarts: int = 5  # launches in a row that end without a new checkpoint
+    wait_s: float = 1800.0  # for room on the cluster
+    hang_s: float = 1800.0  # without a sign of life from a rank
+    can_grow: bool = True  # whether nodes may join the cluster, so that waiting makes sense
 
 
 class RayHooks(FolderHooks):
@@ -58,48 +68,148 @@ class RayHooks(FolderHooks):
         ray.train.report({"step": step, "val_bpb": state.meta.get("val_bpb")})
 
 
+@dataclass
+class Launch:
+    """One group of workers from its start to its end, seen from the driver."""
+
+    job: PretrainJob | SFTJob
+    dealer: DealerHandle
+    count: int
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, trainer: Any) -> None:
+        self.thread = threading.Thread(target=self._run, args=(trainer,), name="fit", daemon=True)
+        self.thread.start()
+
+    def _run(self, trainer: Any) -> None:
+        try:
+            result = trainer.fit().return_value
+            if isinstance(result, Exception):
+                raise result
+            self.outcome["value"] = result
+        except BaseException as error:
+            self.outcome["error"] = error
+
+    def wait(self, workers: Workers, hang_s: float) -> dict[str, Any]:
+        """The ranks' result, or what they failed of. Asks for a stop when there is room for more workers.
+
+        The ranks watch themselves; should Ray Train's controller hang, the end comes twice as long after their last
+        sign of life.
+        """
+        looked = time.monotonic()
+        stop_file = self.job.stage_folder / STOP_FILE
+        while self.thread.is_alive():
+            self.thread.join(LOOK_EVERY_S)
+            if time.monotonic() - looked < min(GROW_EVERY_S, hang_s):
+                continue
+            looked = time.monotonic()
+            if self.count < workers.at_most and not stop_file.exists() and room_for_more(workers, self.count):
+                logger.warning("%s: room for more than %d workers; saving to go on with them",
+                               self.job.stage_folder.name, self.count)
+                stop_file.write_text(RESIZE)
+            try:
+                silent_s = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                continue  # a dead dealer is the ranks' error, which ends the launch
+            if silent_s > 2 * hang_s:
+                raise ClusterError(f"no rank has asked for rows for {silent_s:.0f} s, and Ray Train does not answer")
+        if "error" in self.outcome:
+            raise self.outcome["error"]
+        return self.outcome["value"]
+
+
 def fit(
-    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, lease_epoch: int,
-    tracker_run: str = "dummy",
+    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, lease: Lease,
+    tracker_run: str = "dummy", patience: Patience = Patience(),
 ) -> dict[str, Any]:
     """Train a stage on Ray's workers and return rank 0's result. Blocks; call it from any thread.
 
-    A worker that dies is replaced together with its group, which goes on from the newest checkpoint that verifies.
+    Launches again after every failure that is nobody's mistake. Raises what a person got wrong as it is, and
+    ClusterError when there is no room, or when `max_restarts` launches in a row have reached no new checkpoint.
     """
-    preflight(workers)
-    dealer = start_dealer(source, rows_per_step, workers.count, workers.data_actors)
-    env = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", **THREADS_ENV}
-    if workers.threads_each:
-        env["OMP_NUM_THREADS"] = str(workers.threads_each)
-    resources = {"CPU": workers.cpus_each} | ({"GPU": 1.0} if workers.use_gpu else {})
+    stage, stop_file = job.stage_folder.name, job.stage_folder / STOP_FILE
+    launches = failures = 0
+    while True:
+        saved = newest_step(job)
+        count = wait_for_room(workers, stage, patience.wait_s, patience.can_grow, stop_file.exists)
+        if count is None:
+            return {"status": "stopped", "step": saved, "metrics": {}}
+        launches += 1
+        epoch = lease.advance() if launches > 1 else lease.epoch
+        try:
+            result = launch(job, source, rows_per_step, workers, count, epoch, tracker_run, patience, launches)
+        except Exception as error:
+            if no_use_to_retry(error):
+                raise
+            reached = newest_step(job)
+            failures = 1 if reached > saved else failures + 1
+            if failures > patience.max_restarts:
+                raise ClusterError(
+                    f"{stage} failed {failures} times in a row without a new checkpoint (--max-restarts "
+                    f"{patience.max_restarts}), the last time with: {error}"
+                ) from error
+            logger.warning("%s: %s; goes on from step %d (%d of %d restarts without a new checkpoint)",
+                           stage, _in_short(error), reached, failures, patience.max_restarts)
+            continue
+        if result["status"] == "stopped" and stop_file.exists() and stop_file.read_text() == RESIZE:
+            stop_file.unlink()
+            continue
+        return result | {"metrics": result["metrics"] | {"launches": launches}}
+
+
+def launch(
+    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, count: int, lease_epoch: int,
+    tracker_run: str, patience: Patience, number: int,
+) -> dict[str, Any]:
+    """One group of `count` workers, from the newest checkpoint to its result or its failure."""
+    stage = job.stage_folder.name
+    dealer = start_dealer(source, rows_per_step, count, workers.data_actors)
     run_config: Any = RunConfig(
-        name=f"{job.stage_folder.name}-{uuid.uuid4().hex[:8]}",  # fresh: our manifest is the truth, not Ray's
+        name=f"{job.stage_folder.parent.name}-{stage}-{lease_epoch}",  # fresh: our manifest is the truth, not Ray's
         storage_path=str(job.stage_folder / RAY_FOLDER),
-        failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
-        worker_runtime_env={"env_vars": env},
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        worker_runtime_env={"env_vars": worker_environment(workers, os.environ)},
     )
+    settings = {"job": job, "dealer": dealer, "lease_epoch": lease_epoch, "tracker_run": tracker_run,
+                "hang_s": patience.hang_s}  # fmt: skip
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "dealer": dealer, "lease_epoch": lease_epoch, "tracker_run": tracker_run},
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(patience.hang_s) + 1),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources
+            num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
         ),
         run_config=run_config,
     )
+    running = Launch(job, dealer, count)
     try:
-        result = trainer.fit().return_value
+        running.start(trainer)
+        return running.wait(workers, patience.hang_s)
     except WorkerGroupError as error:
-        causes = list(error.worker_failures.values())
-        known: list[Exception] = [cause for cause in causes if isinstance(cause, USER_ERRORS)]
-        known.append(ClusterError(f"training failed {MAX_WORKER_FAILURES + 1} times: {causes[0]}"))
+        known = [cause for cause in error.worker_failures.values() if no_use_to_retry(cause)]
+        if not known:
+            raise
         raise known[0] from error
     finally:
         ray.kill(dealer)
         shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
-    if isinstance(result, Exception):
-        raise result
-    return result
+
+
+def no_use_to_retry(error: BaseException) -> bool:
+    return isinstance(error, USER_ERRORS) and not isinstance(error, PASSING_ERRORS)
+
+
+def newest_step(job: PretrainJob | SFTJob) -> int:
+    """The step of the newest checkpoint folder, 0 without one."""
+    return max(saved_steps(job.stage_folder / CHECKPOINTS), default=0)
+
+
+def worker_environment(workers: Workers, here: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables of the training workers: threads, Ray's own, and what the driver's person has set."""
+    env = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", **THREADS_ENV}
+    if workers.threads_each:
+        env["OMP_NUM_THREADS"] = str(workers.threads_each)
+    return env | {name: value for name, value in here.items() if name.startswith(PASSED_ON)}
 
 
 def train_worker(config: dict[str, Any]) -> Any:
@@ -117,43 +227,43 @@ def train_worker(config: dict[str, Any]) -> Any:
     if world.rank == 0:
         tracker = Tracker(job.stage_folder, config["tracker_run"], job.settings.model_dump(mode="json"))
     hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker)
-    try:
-        return STAGES[type(job)](job, world, open_from(config["dealer"], world), hooks)
-    except USER_ERRORS as error:
-        if world.world_size > 1:  # the other ranks must not wait for this one
-            raise
-        return error  # trying again would not help
-    finally:
-        if tracker is not None:
-            tracker.finish()
+    stream = f"{job.stage_folder.name}-{config['lease_epoch']}"
+    with Watchdog(job.stage_folder, world.rank, config["hang_s"]) as watchdog:
+        try:
+            batches = open_from(config["dealer"], world, stream, watchdog)
+            return STAGES[type(job)](job, world, batches, hooks)
+        except USER_ERRORS as error:
+            if world.world_size > 1 or not no_use_to_retry(error):  # the other ranks must not wait for this one
+                raise
+            return error
+        finally:
+            if tracker is not None:
+                tracker.finish()
 
 
-def open_from(dealer: DealerHandle, world: World) -> OpenBatches:
-    """Batches of this rank from the dealer, which rank 0 sets to the cursor for the whole group."""
+def open_from(dealer: DealerHandle, world: World, stream: str, watchdog: Watchdog) -> OpenBatches:
+    """Batches of this rank from the dealer; rank 0 opens the stream for everybody."""
 
     def open_batches(cursor: Cursor, step: int):
-        stream = uuid.uuid4().hex if world.rank == 0 else ""
-        stream = ray.train.collective.broadcast_from_rank_zero(stream)
         if world.rank == 0:
             ray.get(dealer.open.remote(stream, cursor, step, world.world_size))
-        ray.train.collective.barrier()
-        return batches_from(dealer, stream, step, world.rank)
+        if world.world_size > 1:
+            dist.barrier()
+        return watchdog.watched(batches_from(dealer, stream, step, world.rank))
 
     return open_batches
 
 
-def preflight(workers: Workers) -> None:
-    """Raise ClusterError with the numbers if the cluster cannot ever hold the workers and the data processes."""
-    have = ray.cluster_resources()
-    need = {"CPU": workers.count * workers.cpus_each + workers.data_actors}
-    if workers.use_gpu:
-        need["GPU"] = float(workers.count)
-    short = {name: amount for name, amount in need.items() if have.get(name, 0) < amount}
-    if short:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in need.items())
-        there = ", ".join(f"{have.get(name, 0):g} {name}" for name in need)
-        raise ClusterError(
-            f"training needs {wanted} ({workers.count} workers with {workers.cpus_each:g} CPU each, "
-            f"{workers.data_actors} for data), the cluster has {there}. Lower --workers, or start Ray with more "
-            "(ray start --head --num-cpus N)."
-        )
+def _in_short(error: Exception) -> str:
+    """One line of a failure that may carry many tracebacks."""
+    if isinstance(error, WorkerGroupError):
+        causes = {f"rank {rank}: {_last_line(cause)}" for rank, cause in error.worker_failures.items()}
+        return "; ".join(sorted(causes))
+    if isinstance(error, ControllerError):
+        return f"Ray Train's controller failed: {_last_line(error.controller_failure)}"
+    return f"{type(error).__name__}: {_last_line(error)}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

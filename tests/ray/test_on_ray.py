@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat_ray.messages import Cursor
+from nanochat_ray.messages import ClusterError, Cursor
 from nanochat_ray.model.checkpoint import open_checkpoint, saved_steps
 from nanochat_ray.report.metrics_log import read_metrics
-from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE
+from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE, Lease
 from nanochat_ray.stages.evaluation import BpbUnit, EvalSpec, SampleUnit, cut, run_units_here
 from nanochat_ray.stages.rows import plain_row_blocks
 from nanochat_ray.text.packing import step_batches
@@ -79,10 +79,12 @@ def test_what_packing_raises_reaches_the_ranks(plain, tmp_path, shards):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_pretraining_on_workers(plain, tmp_path, shards, workers):
-    from nanochat_ray.train.launch import Workers, fit
+    from nanochat_ray.train.launch import fit
+    from nanochat_ray.train.room import Workers
 
     job, rows = make_run(tmp_path, shards)
-    result = fit(job, rows, ROWS_PER_STEP, Workers(workers, threads_each=1), lease_epoch=1)
+    with Lease.acquire(tmp_path) as lease:
+        result = fit(job, rows, ROWS_PER_STEP, Workers(workers, workers, threads_each=1), lease)
     assert (result["status"], result["step"]) == ("done", STEPS)
     tolerance = 0 if workers == 1 else 2e-3
     assert losses_of(job) == pytest.approx(plain[1][2].losses, rel=tolerance, abs=0)
@@ -100,10 +102,9 @@ def test_finetuning_survives_a_killed_worker(plain, tmp_path):
 
     import psutil
 
-    from nanochat_ray.run_dir import Lease
-    from nanochat_ray.train.launch import Workers, fit
+    from nanochat_ray.train.launch import fit
+    from nanochat_ray.train.room import Workers
 
-    Lease.acquire(tmp_path).release()
     changes = {"num_epochs": 40, "save_every": 5}
     job, rows = make_sft(tmp_path, plain[1][0], plain[0] / "talk.jsonl", **changes)
     killed = []
@@ -117,7 +118,9 @@ def test_finetuning_survives_a_killed_worker(plain, tmp_path):
         killed.append(worker.pid)
 
     threading.Thread(target=kill_one, daemon=True).start()
-    result = fit(job, rows, 4, Workers(1, threads_each=1), lease_epoch=1)
+    with Lease.acquire(tmp_path) as lease:
+        result = fit(job, rows, 4, Workers(threads_each=1), lease)
+        assert lease.epoch == 2
     assert killed and result["status"] == "done" and result["metrics"]["resumed_at"]
 
     Lease.acquire(tmp_path / "again").release()
@@ -140,10 +143,26 @@ def test_evaluation_on_actors_gives_the_same_records(plain):
     assert cut(range(5), 2) == [(0, 1), (2, 3), (4,)]
 
 
-def test_what_cannot_fit_is_an_error_with_numbers_not_a_wait():
-    from nanochat_ray.train.launch import Workers, preflight
+def test_what_can_never_fit_is_an_error_with_numbers_not_a_wait():
+    from nanochat_ray.train.room import Workers, wait_for_room
 
-    with pytest.raises(RuntimeError, match=r"needs 65 CPU.*64 workers.*the cluster has 4 CPU"):
-        preflight(Workers(64))
-    with pytest.raises(RuntimeError, match=r"1 GPU.*0 GPU"):
-        preflight(Workers(1, use_gpu=True))
+    with pytest.raises(ClusterError, match=r"needs 65 CPU.*64 x 1 CPU.*the cluster has 4 CPU"):
+        wait_for_room(Workers(64, 64), "pretrain", 60, can_grow=False, stopped=lambda: False)
+    with pytest.raises(ClusterError, match=r"1 GPU.*0 GPU"):
+        wait_for_room(Workers(use_gpu=True), "pretrain", 60, can_grow=False, stopped=lambda: False)
+
+
+def test_waiting_for_room_is_said_and_ends(monkeypatch, caplog):
+    from nanochat_ray.train import room
+
+    monkeypatch.setattr(room, "SAY_EVERY_S", 1.0)
+    monkeypatch.setattr(room, "FULL_SIZE_FIRST_S", 0.5)
+    monkeypatch.setattr(room, "TRY_S", 0.5)
+    with pytest.raises(ClusterError, match=r"waited 4 s for 9 CPU.*--workers MIN:MAX"):
+        room.wait_for_room(room.Workers(8, 9), "pretrain", 4, can_grow=True, stopped=lambda: False)
+    assert "waiting for room: needs 9 CPU" in caplog.text and "of at most 4 s" in caplog.text
+    asked = iter([False, True])
+    assert room.wait_for_room(room.Workers(8, 8), "pretrain", 60, can_grow=True, stopped=lambda: next(asked)) is None
+    assert room.wait_for_room(room.Workers(1, 9), "pretrain", 60, can_grow=True, stopped=lambda: False) == 3
+    assert not room.room_for_more(room.Workers(1, 3), 3)
+    assert room.room_for_more(room.Workers(1, 4), 3)

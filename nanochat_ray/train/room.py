@@ -1,0 +1,126 @@
+"""Waiting for room on the cluster: what is needed is asked for, said aloud, and given up on at a deadline."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from nanochat_ray.messages import ClusterError
+
+logger = logging.getLogger(__name__)
+
+SAY_EVERY_S = 30.0
+FULL_SIZE_FIRST_S = 20.0  # how long the greatest number of workers is asked for alone
+TRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The machines' share of a training stage. Changes how fast it runs, not its result."""
+
+    at_least: int = 1
+    at_most: int = 1
+    use_gpu: bool = False
+    cpus_each: float = 1.0
+    threads_each: int | None = None  # torch threads of a CPU worker; None: as Ray sets them
+    data_actors: int = 1  # processes that read, tokenize and pack
+
+    @property
+    def resources_each(self) -> dict[str, float]:
+        return {"CPU": self.cpus_each} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    def bundles(self, count: int) -> list[dict[str, float]]:
+        """What `count` workers and the packing beside them take."""
+        return [self.resources_each] * count + [{"CPU": 1.0}] * self.data_actors
+
+    def need(self, count: int) -> str:
+        cpus, gpus = count * self.cpus_each + self.data_actors, f" and {count} GPU" if self.use_gpu else ""
+        return f"{cpus:g} CPU{gpus} ({count} x {self.cpus_each:g} CPU for workers, {self.data_actors} for data)"
+
+
+def wait_for_room(
+    workers: Workers, what: str, wait_s: float, can_grow: bool, stopped: Callable[[], bool]
+) -> int | None:
+    """The number of workers that fit now, at_most of them if possible; None if asked to stop meanwhile.
+
+    Asks with a placement group, so that an autoscaler hears of the need. Raises ClusterError after `wait_s`, or at once
+    if a cluster that cannot grow is too small in total.
+    """
+    if not can_grow:
+        _refuse_if_too_small(workers, what)
+    begun = said = time.monotonic()
+    while True:
+        alone = time.monotonic() - begun < FULL_SIZE_FIRST_S
+        count = most_that_fit(workers, workers.at_most if alone else workers.at_least)
+        if count is not None:
+            return count
+        if stopped():
+            return None
+        if time.monotonic() - said >= SAY_EVERY_S:
+            said = time.monotonic()
+            logger.warning(
+                "%s: waiting for room: needs %s; free %s; %.0f of at most %.0f s",
+                what, workers.need(workers.at_least), _free(), said - begun, wait_s,
+            )
+        if time.monotonic() - begun > wait_s:
+            raise ClusterError(
+                f"{what} waited {wait_s:.0f} s for {workers.need(workers.at_least)}; the cluster has {_total()}, free are "
+                f"{_free()}. Lower --workers, give --workers MIN:MAX, or add machines; --wait-s sets the deadline."
+            )
+
+
+def most_that_fit(workers: Workers, at_least: int) -> int | None:
+    """The greatest number of workers from `at_least` to at_most that could be placed now, found by bisection."""
+    if not fits(workers, at_least, TRY_S):
+        return None
+    low, high = at_least, workers.at_most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(workers, middle, TRY_S) else (low, middle - 1)
+    return low
+
+
+def fits(workers: Workers, count: int, timeout_s: float) -> bool:
+    """Whether `count` workers could be placed now."""
+    group: PlacementGroup = placement_group(workers.bundles(count))
+    try:
+        return group.wait(timeout_s)
+    finally:
+        remove_placement_group(group)
+
+
+def room_for_more(workers: Workers, count: int) -> bool:
+    """Whether one more worker than the running `count` could be placed beside them now."""
+    group: PlacementGroup = placement_group([workers.resources_each])
+    try:
+        return count < workers.at_most and group.wait(TRY_S)
+    finally:
+        remove_placement_group(group)
+
+
+def _refuse_if_too_small(workers: Workers, what: str) -> None:
+    have = ray.cluster_resources()
+    cpus = workers.at_least * workers.cpus_each + workers.data_actors
+    gpus = workers.at_least if workers.use_gpu else 0
+    if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
+        raise ClusterError(
+            f"{what} needs {workers.need(workers.at_least)}, the cluster has {_total()}. Lower --workers, or start Ray "
+            "with more (ray start --head --num-cpus N)."
+        )
+
+
+def _total() -> str:
+    return _amounts(ray.cluster_resources())
+
+
+def _free() -> str:
+    return _amounts(ray.available_resources())
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
