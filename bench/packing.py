@@ -17,7 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from nanochat_ray.corpus.reader import DataManifest, iter_documents, pack_item, read_row_group, scan_data
-from nanochat_ray.text.packing import PackCounts, pack_documents
+from nanochat_ray.messages import PackCounts
+from nanochat_ray.text.packing import pack_documents
 from nanochat_ray.text.tokenizer import Tokenizer, training_texts
 
 TOKENIZER_CHARS = 20_000_000
@@ -53,7 +54,7 @@ def measure(
         nonlocal counts
         counts = PackCounts()
         for item in items:
-            counts += pack_item(manifest, item, tokenizer, sequence_len, threads)[1]
+            counts += pack_item(manifest, item, tokenizer, sequence_len, num_threads=threads).counts
 
     parts: dict[str, Callable[[], object]] = {
         "tiktoken": tiktoken_alone,

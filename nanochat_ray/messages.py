@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -45,12 +45,48 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class PackCounts:
+    """What packing made of its documents. Tokens include each document's BOS; sums are made with `+`."""
+
+    documents: int = 0
+    empty: int = 0  # documents without text: never trained on
+    overlong: int = 0  # documents longer than a row
+    tokens_read: int = 0
+    tokens_used: int = 0  # in rows
+    tokens_beyond_row: int = 0  # of overlong documents, what no packer of whole documents could use
+    barren_items: int = 0  # work items that fill no row
+
+    def __add__(self, other: PackCounts) -> PackCounts:
+        return PackCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def share(self, first_row: int, stop_row: int, n_rows: int) -> PackCounts:
+        """The part of an item's counts that its rows [first_row, stop_row) stand for: the parts add up to the whole.
+
+        What the item leaves over is spread over its rows; an item without rows is one part.
+        """
+        if n_rows == 0:
+            return self
+        return PackCounts(*(n * stop_row // n_rows - n * first_row // n_rows for n in astuple(self)))
+
+    @property
+    def waste_frac(self) -> float:
+        """Share of the tokens read that is not trained on."""
+        return 1 - self.tokens_used / max(self.tokens_read, 1)
+
+    @property
+    def floor_frac(self) -> float:
+        """The part of the waste that documents longer than a row impose on any packer of whole documents."""
+        return self.tokens_beyond_row / max(self.tokens_read, 1)
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """The packed rows of one work item (or a run of rows cut from several)."""
 
     tokens: np.ndarray  # (n, T+1) uint16 or uint32
     mask: np.ndarray | None = None  # (n, T+1) bool, True where the token is a supervised target; None: all are
     consumed: np.ndarray | None = None  # (n,) int32, documents of the item placed up to and with this row
+    counts: PackCounts = field(default_factory=PackCounts)  # of the whole item
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,6 +101,7 @@ class PackedBatch:
     mask: np.ndarray | None  # (n, T+1) bool or None
     cursor: Cursor  # of the first row after this step, on every rank the same
     progress: float  # share of the epoch's documents consumed after this step, plus whole epochs
+    counts: PackCounts = field(default_factory=PackCounts)  # of this step's rows of all ranks: add them up for a stage
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,10 +25,11 @@ from pyarrow import fs
 
 from nanochat_ray.corpus.items import WorkItem
 from nanochat_ray.messages import PackedRows
-from nanochat_ray.text.packing import PackCounts, pack_documents, reference_rows
+from nanochat_ray.text.packing import pack_documents, pack_stream, reference_rows
 from nanochat_ray.text.tokenizer import Tokenizer
 
 Split = Literal["train", "val"]
+Packing = Literal["best-fit", "stream"]
 VALIDATION_BUFFER = 1000  # documents, and
 VALIDATION_SLICE = 128  # documents per refill: the constants of nanochat's loader, which validation keeps
 
@@ -75,7 +77,7 @@ class DataManifest:
 
     def item(self, index: int) -> WorkItem:
         """Work item number `index`, counted through the shards in order."""
-        shard = int(np.searchsorted(self._first_items, index, side="right")) - 1
+        shard = bisect_right(self._first_items, index) - 1
         return WorkItem(shard, index - self._first_items[shard])
 
     @cached_property
@@ -155,11 +157,12 @@ def read_slices(manifest: DataManifest, split: Split, slice_size: int = VALIDATI
 
 
 def pack_item(
-    manifest: DataManifest, item: WorkItem, tokenizer: Tokenizer, sequence_len: int, num_threads: int = 1
-) -> tuple[PackedRows, PackCounts]:
+    manifest: DataManifest, item: WorkItem, tokenizer: Tokenizer, sequence_len: int, packing: Packing = "best-fit",
+    num_threads: int = 1,
+) -> PackedRows:
     """Read, tokenize and pack one work item into rows of T+1 tokens. Depends on nothing but the arguments."""
     documents = tokenizer.encode_to_arrays(read_row_group(manifest, item), num_threads=num_threads)
-    return pack_documents(documents, sequence_len + 1)
+    return (pack_stream if packing == "stream" else pack_documents)(documents, sequence_len + 1)
 
 
 def validation_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from nanochat_ray.corpus.items import INDEX_ITEM_SIZE, Visit, index_items, items_from, row_block
-from nanochat_ray.corpus.reader import DataManifest, pack_item
+from nanochat_ray.corpus.reader import DataManifest, Packing, pack_item
 from nanochat_ray.messages import Cursor, PackedRows
 from nanochat_ray.tasks.catalog import Split, parse_mixture
 from nanochat_ray.tasks.rows import TaskSources
@@ -32,8 +32,11 @@ class RowSource(Protocol):
         """Passes over the items; None is without end."""
         ...
 
-    def sizes(self) -> list[int]:
-        """Each item's share of an epoch, in documents."""
+    @property
+    def n_items(self) -> int: ...
+
+    def sizes(self) -> int | Sequence[int]:
+        """The documents of each item, for its share of an epoch; the number of items where all count the same."""
         ...
 
     def pack(self, item: int) -> PackedRows:
@@ -60,14 +63,18 @@ class CorpusRows:
     sequence_len: int
     seed: int
     epochs: int | None = None
+    packing: Packing = "best-fit"
 
-    def sizes(self) -> list[int]:
-        return [1] * self.manifest.n_items
+    @property
+    def n_items(self) -> int:
+        return self.manifest.n_items
+
+    def sizes(self) -> int:
+        return self.n_items
 
     def pack(self, item: int) -> PackedRows:
         tokenizer = _tokenizer(self.tokenizer_folder)
-        rows, _ = pack_item(self.manifest, self.manifest.item(item), tokenizer, self.sequence_len)
-        return rows
+        return pack_item(self.manifest, self.manifest.item(item), tokenizer, self.sequence_len, self.packing)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,10 @@ class MixtureRows:
     sequence_len: int
     seed: int
     epochs: int | None = 1
+
+    @property
+    def n_items(self) -> int:
+        return len(self.sizes())
 
     def sizes(self) -> list[int]:
         return [len(item) for item in index_items(len(_mixture(self.specs, self.split, self.sources)))]
@@ -96,7 +107,7 @@ class MixtureRows:
     def first_rows(self, n: int) -> PackedRows:
         """The first `n` rows in the mixture's own order, fewer if there are no more: the fixed set of validation."""
         parts: list[PackedRows] = []
-        for item in range(len(self.sizes())):
+        for item in range(self.n_items):
             if sum(map(len, parts)) < n:
                 parts.append(self.pack(item))
         masks = [part.mask for part in parts if part.mask is not None]
@@ -111,7 +122,8 @@ def visits_from(source: RowSource, cursor: Cursor) -> Iterator[Visit]:
 def row_blocks(packed: Iterable[tuple[Visit, PackedRows]], cursor: Cursor, n_items: int) -> Iterator[RowBlock]:
     """The stream of rows from items packed in the order of `visits_from`, begun at the cursor's row.
 
-    Raises ValueError when as many items as an epoch has give no row: each holds too few documents for one.
+    Raises ValueError when as many items as an epoch has give no row: each holds too few documents for one. An item
+    without rows is an empty block, which carries its counts.
     """
     barren = 0
     for visit, rows in packed:
@@ -127,4 +139,4 @@ def row_blocks(packed: Iterable[tuple[Visit, PackedRows]], cursor: Cursor, n_ite
 def plain_row_blocks(source: RowSource, cursor: Cursor) -> Iterator[RowBlock]:
     """The stream of rows, packed in this process."""
     packed = ((visit, source.pack(visit.item)) for visit in visits_from(source, cursor))
-    return row_blocks(packed, cursor, len(source.sizes()))
+    return row_blocks(packed, cursor, source.n_items)

@@ -1,20 +1,21 @@
 """Documents into rows of T+1 tokens without padding, conversations into padded rows, and rows into optimizer steps.
 
-All three packers share one best-fit structure. Training items are packed statelessly, each on its own, so that the
-stream of rows does not depend on who packs them; `reference_rows` is the buffered loader of validation.
+All packers but `pack_stream` share one best-fit structure. Training items are packed statelessly, each on its own, so
+that the stream of rows does not depend on who packs them; `reference_rows` is the buffered loader of validation.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import DTypeLike
 
-from nanochat_ray.messages import Cursor, PackedBatch, PackedRows
+from nanochat_ray.messages import Cursor, PackCounts, PackedBatch, PackedRows
 
 Item = TypeVar("Item")
 Tokens = Sequence[int] | np.ndarray
@@ -72,36 +73,12 @@ class BestFit(Generic[Item]):
         return self._items.pop(-self._keys.pop(index)[1])
 
 
-@dataclass(frozen=True)
-class PackCounts:
-    """What packing made of its documents. Tokens include each document's BOS."""
-
-    documents: int = 0
-    empty: int = 0  # documents without text: never trained on
-    overlong: int = 0  # documents longer than a row: the first row of each is used
-    tokens_read: int = 0
-    tokens_used: int = 0  # in rows
-    tokens_beyond_row: int = 0  # of overlong documents, beyond their first row
-
-    def __add__(self, other: PackCounts) -> PackCounts:
-        return PackCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    @property
-    def waste_frac(self) -> float:
-        """Share of the tokens read that is not trained on."""
-        return 1 - self.tokens_used / max(self.tokens_read, 1)
-
-    @property
-    def floor_frac(self) -> float:
-        """The part of the waste that documents longer than a row impose on any packer."""
-        return self.tokens_beyond_row / max(self.tokens_read, 1)
-
-
-def pack_documents(documents: Sequence[np.ndarray], row_capacity: int) -> tuple[PackedRows, PackCounts]:
+def pack_documents(documents: Sequence[np.ndarray], row_capacity: int) -> PackedRows:
     """Pack one training item: whole documents where they fit, cut where a row must be filled, no padding.
 
     `documents` begin with BOS; every row holds `row_capacity` tokens and begins with BOS. What fills no row is left
-    over. The rows are then shuffled, by their number alone, because rows of long documents come first.
+    over, and so is what lies beyond the first row of a longer document. The rows are then shuffled, by their number
+    alone, because rows of long documents come first.
     """
     best: BestFit[np.ndarray] = BestFit()
     left = empty = overlong = read = 0
@@ -115,8 +92,7 @@ def pack_documents(documents: Sequence[np.ndarray], row_capacity: int) -> tuple[
         left += len(usable)
         best.add(len(usable), usable)
     beyond = read - empty - left
-    dtype = documents[0].dtype if documents else np.dtype(np.uint16)
-    rows = np.empty((left // row_capacity, row_capacity), dtype=dtype)  # (n, T+1)
+    rows = np.empty((left // row_capacity, row_capacity), dtype=_dtype(documents))  # (n, T+1)
     placed = np.zeros(len(rows), dtype=np.int32)  # (n,) documents per row
     n_rows = 0
     while left >= row_capacity:
@@ -129,9 +105,38 @@ def pack_documents(documents: Sequence[np.ndarray], row_capacity: int) -> tuple[
             end += len(piece)
             placed[n_rows] += 1
         n_rows += 1
-    order = np.random.default_rng(n_rows).permutation(n_rows)
-    packed = PackedRows(rows[order], consumed=placed[order].cumsum(dtype=np.int32))
-    return packed, PackCounts(len(documents), empty, overlong, read, n_rows * row_capacity, beyond)
+    order = _shuffled(n_rows)
+    counts = PackCounts(len(documents), empty, overlong, read, n_rows * row_capacity, beyond, int(n_rows == 0))
+    return PackedRows(rows[order], consumed=placed[order].cumsum(dtype=np.int32), counts=counts)
+
+
+def pack_stream(documents: Sequence[np.ndarray], row_capacity: int) -> PackedRows:
+    """Pack one training item as one stream of tokens, its documents one after another, cut into rows of T+1.
+
+    A row's last token is the next row's first one, so that each token behind the stream's first is a target exactly
+    once; only what is too short for a last row, less than T tokens an item, is left over. Rows begin anywhere. They
+    are shuffled, by their number alone: in order, a long document would fill whole steps by itself.
+    """
+    texts = [document for document in documents if len(document) > 1]
+    read = sum(map(len, documents))
+    stream = np.concatenate(texts) if texts else np.empty(0, dtype=_dtype(documents))  # (tokens,)
+    n_targets = row_capacity - 1
+    n_rows = max(0, len(stream) - 1) // n_targets
+    rows = np.empty((0, row_capacity), dtype=stream.dtype)
+    if n_rows:
+        rows = sliding_window_view(stream, row_capacity)[::n_targets][_shuffled(n_rows)]  # (n, T+1)
+    used = n_rows * n_targets + (n_rows > 0)
+    overlong = sum(len(document) > row_capacity for document in texts)
+    empty = len(documents) - len(texts)
+    return PackedRows(rows, counts=PackCounts(len(documents), empty, overlong, read, used, 0, int(n_rows == 0)))
+
+
+def _dtype(documents: Sequence[np.ndarray]) -> np.dtype:
+    return documents[0].dtype if documents else np.dtype(np.uint16)
+
+
+def _shuffled(n_rows: int) -> np.ndarray:
+    return np.random.default_rng(n_rows).permutation(n_rows)  # (n,)
 
 
 def reference_rows(
@@ -176,14 +181,14 @@ def pack_conversations(
 
     A buffer of `buffer_size` is refilled in order before every placement and emptied at the end. The mask is False on
     padding. A row that trains nothing is left out, but counts in `consumed`. ValueError for a conversation longer than
-    a row (it would wait for ever): render with `max_tokens=row_capacity`.
+    a row (it would wait for ever): render with `max_tokens=row_capacity`. Padding is no waste in the counts.
     """
     source = iter(items)
     best: BestFit[tuple[Tokens, Tokens]] = BestFit()
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     consumed: list[int] = []
-    done = 0
+    done = read = used = 0
     while True:
         row = np.full(row_capacity, pad_id, dtype=dtype)  # (T+1,)
         mask = np.zeros(row_capacity, dtype=bool)  # (T+1,)
@@ -204,7 +209,9 @@ def pack_conversations(
             done += 1
         if end == 0:
             break
+        read += end
         if mask[1:].any():
+            used += end
             tokens.append(row)
             masks.append(mask)
             consumed.append(done)
@@ -215,6 +222,7 @@ def pack_conversations(
         np.array(tokens, dtype=dtype).reshape(shape),
         np.array(masks, dtype=bool).reshape(shape),
         np.array(consumed, dtype=np.int32),
+        PackCounts(documents=done, tokens_read=read, tokens_used=used, barren_items=int(not tokens)),
     )
 
 
@@ -228,6 +236,13 @@ class RowBlock:
     rows: PackedRows
     cursor: Cursor  # of the first of them
     progress: np.ndarray  # (n,) float64: epochs done after each row, with the share of the running one
+    item_counts: PackCounts = field(default_factory=PackCounts)
+    item_rows: int = 0  # rows of the whole item
+
+    @property
+    def counts(self) -> PackCounts:
+        """The part of the item's counts that these rows stand for."""
+        return self.item_counts.share(self.cursor.row, self.cursor.row + len(self.rows), self.item_rows)
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,13 @@ class Step:
     rows: PackedRows
     cursor: Cursor  # where the stream goes on after them
     progress: float
+    counts: PackCounts  # of its rows, and of items without rows before them
+
+    def batch(self, number: int, rank: int, world_size: int) -> PackedBatch:
+        """What one rank trains on of this step, which is number `number` of the stage."""
+        part = rank_part(len(self.rows), rank, world_size)
+        mask = None if self.rows.mask is None else self.rows.mask[part]
+        return PackedBatch(number, self.rows.tokens[part], mask, self.cursor, self.progress, self.counts)
 
 
 def cut_steps(blocks: Iterable[RowBlock], rows_per_step: int) -> Iterator[Step]:
@@ -246,16 +268,18 @@ def cut_steps(blocks: Iterable[RowBlock], rows_per_step: int) -> Iterator[Step]:
     an item ends: a stream started there drops that whole item and goes on with the next.
     """
     pending: list[RowBlock] = []
-    count = 0
+    n_rows = 0
     for block in blocks:
+        if not len(block.rows):
+            pending.append(block)  # its counts go to the next step
         while len(block.rows):
-            taken, block = _split(block, rows_per_step - count)
+            taken, block = _split(block, rows_per_step - n_rows)
             pending.append(taken)
-            count += len(taken.rows)
-            if count == rows_per_step:
+            n_rows += len(taken.rows)
+            if n_rows == rows_per_step:
                 yield _step(pending)
-                pending, count = [], 0
-    if pending:
+                pending, n_rows = [], 0
+    if n_rows:
         yield _step(pending)
 
 
@@ -264,9 +288,7 @@ def step_batches(
 ) -> Iterator[PackedBatch]:
     """What one rank trains on, step by step: its part of every step that `cut_steps` makes."""
     for number, step in enumerate(cut_steps(blocks, rows_per_step), start_step):
-        part = rank_part(len(step.rows), rank, world_size)
-        mask = None if step.rows.mask is None else step.rows.mask[part]
-        yield PackedBatch(number, step.rows.tokens[part], mask, step.cursor, step.progress)
+        yield step.batch(number, rank, world_size)
 
 
 def rank_part(n_rows: int, rank: int, world_size: int) -> slice:
@@ -281,14 +303,18 @@ def _split(block: RowBlock, n_rows: int) -> tuple[RowBlock, RowBlock]:
 
     def half(part: slice, first_row: int) -> RowBlock:
         kept = PackedRows(rows.tokens[part], None if rows.mask is None else rows.mask[part])
-        return RowBlock(kept, Cursor(at.epoch, at.item, first_row), block.progress[part])
+        cursor = Cursor(at.epoch, at.item, first_row)
+        return RowBlock(kept, cursor, block.progress[part], block.item_counts, block.item_rows)
 
     return half(slice(n_rows), at.row), half(slice(n_rows, None), at.row + n_rows)
 
 
-def _step(blocks: list[RowBlock]) -> Step:
+def _step(pending: list[RowBlock]) -> Step:
+    blocks = [block for block in pending if len(block.rows)]
     tokens = np.concatenate([block.rows.tokens for block in blocks])  # (G, T+1)
     masks = [block.rows.mask for block in blocks if block.rows.mask is not None]
     last = blocks[-1]
     after = Cursor(last.cursor.epoch, last.cursor.item, last.cursor.row + len(last.rows))
-    return Step(PackedRows(tokens, np.concatenate(masks) if masks else None), after, float(last.progress[-1]))
+    counts = sum((block.counts for block in pending), PackCounts())
+    rows = PackedRows(tokens, np.concatenate(masks) if masks else None)
+    return Step(rows, after, float(last.progress[-1]), counts)

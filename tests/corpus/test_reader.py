@@ -24,8 +24,8 @@ from nanochat_ray.corpus.reader import (
     scan_data,
     validation_rows,
 )
-from nanochat_ray.messages import Cursor
-from nanochat_ray.text.packing import PackCounts, RowBlock, cut_steps, reference_rows, step_batches
+from nanochat_ray.messages import Cursor, PackCounts
+from nanochat_ray.text.packing import RowBlock, cut_steps, reference_rows, step_batches
 from nanochat_ray.text.tokenizer import Tokenizer, training_texts
 from tests.real_data import needs_real_data, real_data
 
@@ -65,7 +65,7 @@ def blocks(
     manifest: DataManifest, tokenizer: Tokenizer, cursor: Cursor, epochs: int | None = None
 ) -> Iterator[RowBlock]:
     for visit in items_from(cursor, manifest.n_items, seed=42, epochs=epochs):
-        rows, _ = pack_item(manifest, manifest.item(visit.item), tokenizer, T)
+        rows = pack_item(manifest, manifest.item(visit.item), tokenizer, T)
         resumed = (visit.epoch, visit.position) == (cursor.epoch, cursor.item)
         yield row_block(rows, visit, cursor.row if resumed else 0)
 
@@ -185,8 +185,8 @@ def test_a_row_group_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -
     assert len(read_row_group(manifest, WorkItem(0, 2))) == 4
     tolerant = scan_data(str(tmp_path), skip_corrupt=True)
     with pytest.warns(UserWarning, match="row group 0"):
-        rows, counts = pack_item(tolerant, WorkItem(0, 0), tokenizer, T)
-    assert len(rows) == 0 and counts == PackCounts()
+        rows = pack_item(tolerant, WorkItem(0, 0), tokenizer, T)
+    assert len(rows) == 0 and rows.counts == PackCounts(barren_items=1)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(FileNotFoundError):  # gone is not corrupt
         read_row_group(tolerant, WorkItem(0, 2))
@@ -197,7 +197,8 @@ def test_missing_values_are_empty_documents(tmp_path: Path, tokenizer: Tokenizer
     write_shard(tmp_path / "b.parquet", ["val"])
     manifest = scan_data(str(tmp_path))
     assert read_row_group(manifest, WorkItem(0, 0)) == ["one two", "", "", "three"]
-    rows, counts = pack_item(manifest, WorkItem(0, 0), tokenizer, 4)
+    rows = pack_item(manifest, WorkItem(0, 0), tokenizer, 4)
+    counts = rows.counts
     assert (counts.documents, counts.empty) == (4, 2)
     assert not (rows.tokens == tokenizer.bos_id).all(axis=1).any()
 
@@ -254,8 +255,8 @@ def test_a_finite_stream_ends_with_a_short_step(manifest: DataManifest, tokenize
 def test_an_item_is_packed_the_same_every_time(manifest: DataManifest, tokenizer: Tokenizer) -> None:
     again = DataManifest.from_json(manifest.to_json())
     for k in range(manifest.n_items):
-        first, _ = pack_item(manifest, manifest.item(k), tokenizer, T)
-        second, _ = pack_item(again, again.item(k), tokenizer, T, num_threads=3)
+        first = pack_item(manifest, manifest.item(k), tokenizer, T)
+        second = pack_item(again, again.item(k), tokenizer, T, num_threads=3)
         assert np.array_equal(first.tokens, second.tokens)
         assert (first.tokens[:, 0] == tokenizer.bos_id).all()
 
@@ -297,5 +298,5 @@ def test_waste_on_real_text() -> None:
     tokenizer = Tokenizer.train(training_texts(iter_documents(manifest, "train"), 2_000_000, 10_000), 4096)
     items = [manifest.item(k) for k in range(0, manifest.n_items, 2)]
     for sequence_len in (512, 2048):
-        counts = sum((pack_item(manifest, item, tokenizer, sequence_len)[1] for item in items), PackCounts())
+        counts = sum((pack_item(manifest, item, tokenizer, sequence_len).counts for item in items), PackCounts())
         assert counts.waste_frac - counts.floor_frac < 0.02

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_ray.messages import Cursor, PackedBatch, PackedRows
+from nanochat_ray.messages import Cursor, PackCounts, PackedBatch, PackedRows
 from nanochat_ray.text.packing import (
     BestFit,
-    PackCounts,
     RowBlock,
     cut_steps,
     pack_conversations,
     pack_documents,
+    pack_stream,
     rank_part,
     reference_rows,
     step_batches,
@@ -89,7 +89,8 @@ def test_the_choice_of_least_waste(lengths: list[int], room: int, taken: int) ->
 @given(lengths=doc_lengths, capacity=st.integers(2, 70))
 def test_training_rows_are_made_of_document_heads(lengths: list[int], capacity: int) -> None:
     docs = documents(lengths)
-    rows, counts = pack_documents(docs, capacity)
+    rows = pack_documents(docs, capacity)
+    counts = rows.counts
     assert rows.tokens.shape == (len(rows), capacity)
     assert rows.tokens.dtype == np.uint16 and rows.mask is None and rows.consumed is not None
     whole = {tuple(doc[:2].tolist()): doc.tolist() for doc in docs if len(doc) > 1}
@@ -122,14 +123,16 @@ def test_training_rows_are_made_of_document_heads(lengths: list[int], capacity: 
 
 @given(lengths=doc_lengths, capacity=st.integers(2, 70))
 def test_what_is_left_over_fills_no_row(lengths: list[int], capacity: int) -> None:
-    rows, counts = pack_documents(documents(lengths), capacity)
+    rows = pack_documents(documents(lengths), capacity)
+    counts = rows.counts
     if len(rows) == 0:
         assert sum(min(length, capacity) for length in lengths if length > 1) < capacity
         assert counts.tokens_used == 0
 
 
 def test_documents_that_fit_together_are_not_cut() -> None:
-    rows, counts = pack_documents(documents([30, 20, 10, 35, 25, 1, 60]), 60)
+    rows = pack_documents(documents([30, 20, 10, 35, 25, 1, 60]), 60)
+    counts = rows.counts
     assert len(rows) == 3
     assert counts.tokens_used == 180 and counts.empty == 1 and counts.overlong == 0
     assert counts.waste_frac == pytest.approx(1 / 181)
@@ -143,15 +146,15 @@ def test_waste_stays_near_the_floor() -> None:
         for _ in range(2048 // n_documents):
             lengths = np.clip(generator.lognormal(6, 1.1, n_documents).astype(int), 2, 30_000)
             docs = [np.zeros(length, dtype=np.uint16) for length in lengths]
-            counts += pack_documents(docs, capacity)[1]
+            counts += pack_documents(docs, capacity).counts
         assert 100 * (counts.waste_frac - counts.floor_frac) < points
 
 
 def test_packing_depends_on_its_documents_alone() -> None:
     lengths = np.random.default_rng(1).integers(1, 400, 300).tolist()
-    first, second = (pack_documents(documents(lengths), 129)[0] for _ in range(2))
+    first, second = (pack_documents(documents(lengths), 129) for _ in range(2))
     assert np.array_equal(first.tokens, second.tokens)
-    assert pack_documents([], 129)[1] == PackCounts()
+    assert pack_documents([], 129).counts == pack_stream([], 129).counts == PackCounts(barren_items=1)
 
 
 # ---- the reference loader
