@@ -1,7 +1,7 @@
 """Run a training stage through Ray Train: one worker per rank, each calling the same plain stage function.
 
-Whatever dies (a worker, a data process, Ray Train's controller, a node), the answer is one and the same: the launch is over,
-and `fit` waits for room and launches again. Every launch goes on from the newest checkpoint that verifies.
+Whatever dies (a worker, a data process, Ray Train's controller, a node), the answer is one and the same: the launch is
+over, and `fit` waits for room and launches again. Every launch goes on from the newest checkpoint that verifies.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Launch:
                                self.job.stage_folder.name, self.count)
                 stop_file.write_text(RESIZE)
             try:
-                silent_s = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
+                silent_s: float = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # a dead dealer is the ranks' error, which ends the launch
             if silent_s > 2 * hang_s:

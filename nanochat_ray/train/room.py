@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 SAY_EVERY_S = 30.0
 FULL_SIZE_FIRST_S = 20.0  # how long the greatest number of workers is asked for alone
-TRY_S = 2.0
+TRY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def wait_for_room(
             )
         if time.monotonic() - begun > wait_s:
             raise ClusterError(
-                f"{what} waited {wait_s:.0f} s for {workers.need(workers.at_least)}; the cluster has {_total()}, free are "
-                f"{_free()}. Lower --workers, give --workers MIN:MAX, or add machines; --wait-s sets the deadline."
+                f"{what} waited {wait_s:.0f} s for {workers.need(workers.at_least)}; the cluster has {_total()}, "
+                f"free are {_free()}. Lower --workers, give --workers MIN:MAX, or add machines; --wait-s sets the deadline."
             )
 
 

@@ -161,6 +161,7 @@ def test_waiting_for_room_is_said_and_ends(monkeypatch, caplog):
     with pytest.raises(ClusterError, match=r"waited 4 s for 9 CPU.*--workers MIN:MAX"):
         room.wait_for_room(room.Workers(8, 9), "pretrain", 4, can_grow=True, stopped=lambda: False)
     assert "waiting for room: needs 9 CPU" in caplog.text and "of at most 4 s" in caplog.text
+    monkeypatch.undo()
     asked = iter([False, True])
     assert room.wait_for_room(room.Workers(8, 8), "pretrain", 60, can_grow=True, stopped=lambda: next(asked)) is None
     assert room.wait_for_room(room.Workers(1, 9), "pretrain", 60, can_grow=True, stopped=lambda: False) == 3
