@@ -14,7 +14,7 @@ BOTTOM = {"config", "messages", "run_dir"}
 GROUND = BOTTOM | {"model", "text", "corpus"}
 TOOLS = GROUND | {"engine"}
 MEASURES = TOOLS | {"tasks", "metrics", "report"}
-RAY_ROOMS = {"data", "train", "evals"}
+RAY_ROOMS = {"data", "train", "evals", "observe"}
 # every file and folder of the package: what it may import of the others
 ALLOWED = {
     "__init__": set(),
@@ -33,7 +33,8 @@ ALLOWED = {
     "stages": MEASURES,
     "data": MEASURES | {"stages"},
     "evals": MEASURES | {"stages"},
-    "train": MEASURES | {"stages", "data"},
+    "observe": BOTTOM | {"report"},
+    "train": MEASURES | {"stages", "data", "observe"},
 }
 FORBIDDEN_IN_PLAIN = {"ray", "wandb", "fastapi", "uvicorn", "starlette", "click", "typer"}
 

@@ -1,4 +1,4 @@
-"""Reads the files that wandb writes offline: a log of protobuf records in blocks of 32 KiB, framed as LevelDB does it."""
+"""Reads what wandb writes offline: protobuf records in blocks of 32 KiB, framed as LevelDB does it."""
 
 from __future__ import annotations
 
