@@ -8,13 +8,14 @@ Nothing needs `torch.compile`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, ParamGroup, Ranks
+from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, ParamGroup, Pending, Ranks
 
 SMALL_NUMEL = 1024  # AdamW tensors below this are not worth cutting up
 SMEAR_LR = 0.2  # of smear and backout, whatever the width or the batch
@@ -108,14 +109,35 @@ class MuonAdamW:
             group.lr = group.initial_lr = group.initial_lr * frac
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update from the gradients, with communication and arithmetic of different parts overlapping."""
+    def step(self, loss_scale: float | None = None) -> float:
+        """One update from the gradients, with communication and arithmetic of different parts overlapping.
+
+        Returns the norm of the averaged gradient, all parameters taken together. With a `loss_scale` gradients are
+        divided by it first, and if their norm is not finite nothing is updated, on any rank.
+        """
         for shard in self.shards:
             shard.reduce()
-        for shard in self.shards:
-            shard.update()
+        if loss_scale is not None:
+            squared_norm = self._squared_norm([shard.receive(loss_scale) for shard in self.shards])
+            if not math.isfinite(float(squared_norm.wait())):
+                for shard in self.shards:
+                    shard.take_gradient()
+                return math.inf
+            for shard in self.shards:
+                shard.update()
+        else:
+            squares = []
+            for shard in self.shards:
+                squares.append(shard.receive())
+                shard.update()
+            squared_norm = self._squared_norm(squares)
         for shard in self.shards:
             shard.finish()
+        return float(squared_norm.wait()) ** 0.5
+
+    def _squared_norm(self, squares: list[Tensor]) -> Pending:
+        """The squared norm under way to all ranks."""
+        return self.ranks.sum(torch.stack(squares).sum())
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -1,7 +1,8 @@
 """The parts of the optimizer: what one rank owns of a tensor or of a Muon group, and the communication around it.
 
-Every part goes through `reduce` (start averaging gradients over ranks), `update` (wait, step what this rank owns, start
-gathering parameters) and `finish` (wait). With one rank there is nothing to communicate, and the code is the same.
+Every part goes through `reduce` (start averaging gradients over ranks), `receive` (wait for this rank's share of them),
+`update` (step what this rank owns, start gathering parameters) and `finish` (wait). With one rank there is nothing to
+communicate, and the code is the same.
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ class Ranks:
         out = part.new_empty(self.world_size * len(part), *part.shape[1:])
         return self.gather(part, out).wait()[:n]
 
+    def sum(self, x: Tensor) -> Pending:
+        """Sum over ranks, in place."""
+        return Pending(x, work=dist.all_reduce(x, async_op=True)) if self.world_size > 1 else Pending(x)
+
     def _averaging(self) -> tuple[dist.ReduceOp.RedOpType, int]:
         """The reduction, and what is left to divide by: gloo cannot average."""
         if dist.get_backend() == "nccl":
@@ -126,12 +131,26 @@ class OptimShard(ABC):
     def __init__(self, group: ParamGroup, ranks: Ranks) -> None:
         self.group, self.ranks = group, ranks
         self.pending: Pending | None = None
+        self.grad: Tensor | None = None  # this rank's share of the averaged gradient, from receive to update
 
     def wait(self) -> Tensor:
         """The result of the collective under way."""
         assert self.pending is not None
         pending, self.pending = self.pending, None
         return pending.wait()
+
+    def receive(self, loss_scale: float = 1.0) -> Tensor:
+        """Wait for the gradient that this rank steps with, divided by `loss_scale`; returns its sum of squares ()."""
+        self.grad = self.wait()
+        if loss_scale != 1:
+            self.grad.div_(loss_scale)
+        return torch.linalg.vector_norm(self.grad, dtype=torch.float32).square()
+
+    def take_gradient(self) -> Tensor:
+        """What `receive` got, which then belongs to the caller."""
+        assert self.grad is not None
+        grad, self.grad = self.grad, None
+        return grad
 
     @abstractmethod
     def reduce(self) -> None: ...
@@ -174,8 +193,13 @@ class AdamWShard(OptimShard):
         n_rows = self.slice_rows * self.ranks.world_size
         self.pending = self.ranks.mean_slice(grad if n_rows == len(grad) else padded(grad, n_rows))
 
+    def receive(self, loss_scale: float = 1.0) -> Tensor:
+        squares = super().receive(loss_scale)
+        counts = self.cut or self.all_ranks.rank == 0  # what every rank has counts once
+        return squares if counts else torch.zeros_like(squares)
+
     def update(self) -> None:
-        grad, own = self.wait()[: self.end - self.first], self.param[self.first : self.end]
+        grad, own = self.take_gradient()[: self.end - self.first], self.param[self.first : self.end]
         self.steps += 1
         if len(own):
             # One pass over memory, arithmetic in fp32 whatever the tensors' format (arXiv:1711.05101).
@@ -244,7 +268,7 @@ class MuonShard(OptimShard):
         self.pending = self.ranks.mean_slice(stack)
 
     def update(self) -> None:
-        grads = self.wait()
+        grads = self.take_gradient()
         if self.own:
             direction = muon_direction(
                 grads[: len(self.own)],

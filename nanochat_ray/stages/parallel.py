@@ -1,0 +1,284 @@
+"""What several ranks share of one training step: gradients and updates behind one object, a way each for `--parallel`.
+
+| name | network | gradients | optimizer state |
+| --- | --- | --- | --- |
+| sharded | whole on each rank | whole, reduced once per step | each rank owns a part, as ZeRO 1 (arXiv:1910.02054) |
+| ddp | whole | whole, reduced during the last backward pass | whole on each rank |
+| zero1, zero2, zero3 | zero3: cut up | from zero2 on: cut up | cut up; DeepSpeed's own Muon (stages/zero.py) |
+
+`sharded` and `ddp` compute the same, and the same as one process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_ray.messages import PackedBatch, World
+from nanochat_ray.model.checkpoint import load_weights
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.optim import MuonAdamW, build_optimizer
+from nanochat_ray.stages.step import micro_batches, sum_over_ranks
+
+STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
+INSTALL_DEEPSPEED = "pip install 'nanochat-ray[deepspeed]'"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates at the reference width and batch, and Muon's settings; see model/optim.py."""
+
+    unembedding_lr: float
+    embedding_lr: float
+    matrix_lr: float
+    scalar_lr: float
+    weight_decay: float
+    batch_lr_scale: float = 1.0
+    muon_eq: bool = True
+    muon_plus: bool = True
+
+
+def check_strategy(name: str, dtype: torch.dtype | None = None) -> None:
+    """Whether a strategy can run here; cheap, imports nothing large.
+
+    ValueError for an unknown name, a missing package, or a compute dtype that the strategy cannot train in.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"parallel {name!r}; choose from {', '.join(STRATEGIES)}")
+    if not name.startswith("zero"):
+        return
+    missing = [package for package in ("deepspeed", "ninja") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"--parallel {name} needs {' and '.join(missing)}, not installed here: {INSTALL_DEEPSPEED}; "
+            "or take --parallel sharded, which needs nothing"
+        )
+    if dtype == torch.float16:
+        raise ValueError(f"--parallel {name} does not train in float16; use bfloat16 or float32, or --parallel sharded")
+
+
+def build_strategy(
+    name: str, model: GPT, world: World, rates: Rates, *, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> Strategy:
+    """The strategy of that name around a network, which must be the same on every rank.
+
+    `dtype` is the compute dtype; `compiled`: forward passes of training go through torch.compile. With more than one
+    rank torch.distributed must be running. ValueError as `check_strategy`.
+    """
+    check_strategy(name, dtype)
+    if name == "sharded":
+        return Sharded(model, world, rates, dtype, compiled)
+    if name == "ddp":
+        return DDP(model, world, rates, dtype, compiled)
+    from nanochat_ray.stages.zero import Zero
+
+    return Zero(name, model, world, rates, compiled)
+
+
+class Strategy(ABC):
+    """Gradients and updates of one run. All ranks call each method together, `accumulate` then `update` once a step."""
+
+    name: str
+    optimizer_name: str
+    warnings: tuple[str, ...] = ()  # what the log and the report should say once
+
+    def __init__(self, model: GPT, world: World) -> None:
+        self.model, self.world = model, world
+
+    def accumulate(self, batch: PackedBatch, n_targets: int, device_batch_size: int) -> float:
+        """Add the gradient of the step's mean loss; returns that loss over the targets of all ranks.
+
+        `n_targets` counts the targets of all ranks, at least 1. Each counts the same, whatever its micro-batch or rank.
+        A rank may have one row less than others, or none.
+        """
+        total = torch.zeros((), device=self.world.device)
+        n_steps = self.micro_steps(-(-len(batch.tokens) // device_batch_size))
+        # Gradients are averaged over ranks, so each rank's share is multiplied by their number.
+        weight = self.world.world_size / n_targets
+        steps = padded_micro_batches(batch, device_batch_size, self.world.device, n_steps)
+        for i, (inputs, targets) in enumerate(steps):
+            total += self.backward(inputs, targets, weight, last=i == n_steps - 1)
+        return sum_over_ranks([float(total)], self.world)[0] / n_targets
+
+    def micro_steps(self, n_own: int) -> int:
+        """How many micro-batches this rank runs that has rows for `n_own`; the others are empty."""
+        return n_own
+
+    @abstractmethod
+    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+        """Add `weight` times the gradient of one micro-batch's summed loss; returns that loss, detached."""
+
+    @abstractmethod
+    def set_schedule(self, lr_multiplier: float, momentum: float, weight_decay: float) -> None:
+        """Set this step's learning rates, as multiples of the initial ones, and Muon's momentum and decay."""
+
+    @abstractmethod
+    def scale_initial_lr(self, frac: float) -> None:
+        """Multiply all initial learning rates."""
+
+    @abstractmethod
+    def update(self) -> float:
+        """Average gradients over ranks, apply the optimizer, drop gradients; returns the norm of the average.
+
+        In float16 the update is skipped where a gradient is not finite, and the norm is inf.
+        """
+
+    def full_weights(self) -> AbstractContextManager[GPT]:
+        """The plain network with this step's weights, for evaluation and sampling on each rank for itself."""
+        return nullcontext(self.model)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Copies of all weights by name on rank 0's CPU; empty elsewhere."""
+        if self.world.rank != 0:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+
+    @abstractmethod
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by "<parameter>.<slot>" on rank 0's CPU; empty elsewhere. Free of the world size."""
+
+    @abstractmethod
+    def load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
+        """Take over what `model_tensors` and `optimizer_tensors` gave on rank 0, on every rank; None: weights only.
+
+        ValueError if names or shapes do not fit.
+        """
+
+    def extra_state(self) -> dict[str, Any]:
+        """What else to save, as JSON."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `extra_state` gave; {} changes nothing."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {"parallel": self.name, "optimizer": self.optimizer_name, "optimizer_notes": list(self.warnings)}
+
+    def close(self) -> None:
+        """Give back what the strategy holds besides memory; it is of no use afterwards."""
+        return None
+
+
+def padded_micro_batches(
+    batch: PackedBatch, device_batch_size: int, device: str, n_steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The micro-batches of `step.micro_batches`, then empty ones up to `n_steps`: one row without a target."""
+    yield from micro_batches(batch, device_batch_size, device)
+    n_rows, T = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    for _ in range(n_steps - -(-n_rows // device_batch_size)):
+        yield (
+            torch.zeros(1, T, dtype=torch.int32, device=device),
+            torch.full((1, T), -1, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass
+class LossScaler:
+    """Dynamic loss scaling for float16 (arXiv:1710.03740): halve after an overflow, double after a calm stretch."""
+
+    scale: float = 65536.0
+    good_steps: int = 0
+    growth_interval: int = 2000
+
+    def note(self, finite: bool) -> None:
+        """Take in whether a step's gradients were finite, the same on every rank."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale *= 0.5
+        elif self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+class Replicated(Strategy):
+    """The whole network on each rank, and our own optimizer."""
+
+    optimizer_name = "MuonAdamW"
+    optimizer: MuonAdamW
+    forward: Callable[..., Tensor]
+
+    def __init__(self, model: GPT, world: World, dtype: torch.dtype) -> None:
+        super().__init__(model, world)
+        self.scaler = LossScaler() if dtype == torch.float16 else None
+
+    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+        loss = self.forward(inputs, targets, reduction="sum")
+        (loss * (weight * (self.scaler.scale if self.scaler else 1))).backward()
+        return loss.detach()
+
+    def set_schedule(self, lr_multiplier: float, momentum: float, weight_decay: float) -> None:
+        self.optimizer.set_schedule(lr_multiplier, momentum, weight_decay)
+
+    def scale_initial_lr(self, frac: float) -> None:
+        self.optimizer.scale_initial_lr(frac)
+
+    def update(self) -> float:
+        norm = self.optimizer.step(loss_scale=self.scaler.scale if self.scaler else None)
+        if self.scaler:
+            self.scaler.note(math.isfinite(norm))
+        self.optimizer.zero_grad()
+        return norm
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.state_by_name() if self.optimizer.ranks.world_size > 1 or self.world.rank == 0 else {}
+
+    def load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
+        load_weights(self.model, dict(model))
+        if optimizer is not None:
+            self.optimizer.load_state_by_name(optimizer)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"loss_scaler": asdict(self.scaler)} if self.scaler else {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        if self.scaler and "loss_scaler" in state:
+            self.scaler = LossScaler(**state["loss_scaler"])
+
+
+class Sharded(Replicated):
+    """Gradients reduced, state kept and Muon run in shares (model/optim.py); with one rank, a plain process.
+
+    Reduction starts after the backward pass. A Muon group holds matrices of all layers and is complete only with the
+    first layer's gradients, and a compiled network gives all gradients at once, so hooks in the backward pass would
+    have nothing to overlap with; parts of the optimizer's step do overlap with each other.
+    """
+
+    name = "sharded"
+
+    def __init__(self, model: GPT, world: World, rates: Rates, dtype: torch.dtype, compiled: bool) -> None:
+        super().__init__(model, world, dtype)
+        self.optimizer = build_optimizer(model, **asdict(rates), rank=world.rank, world_size=world.world_size)
+        self.forward = torch.compile(model, dynamic=False) if compiled else model
+
+
+class DDP(Replicated):
+    """torch's DistributedDataParallel, and the whole optimizer on each rank."""
+
+    name = "ddp"
+
+    def __init__(self, model: GPT, world: World, rates: Rates, dtype: torch.dtype, compiled: bool) -> None:
+        super().__init__(model, world, dtype)
+        self.optimizer = build_optimizer(model, **asdict(rates))
+        self.wrapped = None
+        if world.world_size > 1:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self.wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = self.wrapped or model
+        self.forward = torch.compile(network, dynamic=False) if compiled else network
+
+    def micro_steps(self, n_own: int) -> int:
+        return max(1, n_own)  # every rank takes part in the reduction of its last backward pass
+
+    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+        with nullcontext() if last or self.wrapped is None else self.wrapped.no_sync():
+            return super().backward(inputs, targets, weight, last)
