@@ -1,7 +1,8 @@
 """A run's folder `<storage>/<model_tag>/`: every name in it, atomic writes, stage state, and the one writer's lease.
 
 One subfolder per stage. A stage writes `config.json` first and `_SUCCESS` last, so a folder without `_SUCCESS` is an
-interrupted stage. Plain files only: nothing here needs torch or Ray.
+interrupted stage. Plain files only: nothing here needs torch or Ray. With a URI as storage the folder is a mirror
+(remote.py): its records are pulled when a job begins and pushed as stages begin and end; checkpoints go their own way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from nanochat_ray.remote import Every, Remote, mirror_folder
 
 STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_eval", "rl", "report")
 STAGE_OF_SOURCE = {"base": "pretrain", "sft": "sft", "rl": "rl"}  # nanochat's names of models
@@ -33,6 +37,9 @@ DATA_FILE = "data.json"
 
 HEARTBEAT_S = 5.0
 HEARTBEAT_STALE_S = 60.0
+SETTLE_S = 1.0  # between writing a lease into a store and reading it back
+FOLLOW_REMOTE_S = 5.0
+NOT_RECORDS = (LEASE_FILE, LEASE_LOCK_FILE, STOP_FILE)
 
 StageState = Literal["fresh", "interrupted", "done"]
 
@@ -51,24 +58,36 @@ def default_storage() -> Path:
 
 
 def storage_path(storage: str | None) -> Path:
-    """The storage folder as an absolute path; URIs are refused."""
+    """The storage folder as an absolute path; for a URI the local folder that mirrors it."""
     if storage and "://" in storage:
-        raise ValueError(f"--storage {storage}: runs are kept in a local or mounted folder, not behind a URI")
+        return mirror_folder(storage, default_storage().absolute())
     path = Path(storage).expanduser() if storage else default_storage()
     return path.absolute()
 
 
+def _runs(storage: Path) -> dict[str, float]:
+    """The runs of a storage folder, and when each one's lease was last written (seconds since 1970)."""
+    remote = Remote.of(storage)
+    if remote is None:
+        return {path.parent.name: path.stat().st_mtime for path in storage.glob(f"*/{LEASE_FILE}")}
+    folders = [name for name, entry in remote.listing(storage).items() if entry.size_bytes is None]
+    leases = {name: remote.find(storage / name / LEASE_FILE) for name in folders}
+    return {name: lease.modified_s for name, lease in leases.items() if lease is not None}
+
+
 def find_model_tag(storage: Path) -> str:
     """The run to take when none is named: the largest d<depth>, the latest among equals; else the latest run."""
-    runs = [folder for folder in storage.iterdir() if (folder / LEASE_FILE).exists()] if storage.is_dir() else []
+    runs = _runs(storage)
     if not runs:
-        raise FileNotFoundError(f"no run in {storage}; train one first (python jobs/speedrun.py) or give --storage")
+        raise FileNotFoundError(
+            f"no run in {shown(storage)}; train one first (python jobs/speedrun.py) or give --storage"
+        )
 
-    def key(folder: Path) -> tuple[int, float]:
-        digits = folder.name[1:].split("_")[0] if folder.name.startswith("d") else ""
-        return (int(digits) if digits.isdigit() else -1, (folder / LEASE_FILE).stat().st_mtime)
+    def key(tag: str) -> tuple[int, float]:
+        digits = tag[1:].split("_")[0] if tag.startswith("d") else ""
+        return (int(digits) if digits.isdigit() else -1, runs[tag])
 
-    return max(runs, key=key).name
+    return max(runs, key=key)
 
 
 def existing_run(storage: str | None, model_tag: str | None) -> str:
@@ -76,10 +95,16 @@ def existing_run(storage: str | None, model_tag: str | None) -> str:
     folder = storage_path(storage)
     if model_tag is None:
         return find_model_tag(folder)
-    if not (folder / model_tag / LEASE_FILE).exists():
-        runs = sorted(path.parent.name for path in folder.glob(f"*/{LEASE_FILE}"))
-        raise FileNotFoundError(f"no run {model_tag!r} in {folder}; there are {', '.join(runs) or 'none'}")
+    if model_tag not in (runs := _runs(folder)):
+        there = ", ".join(sorted(runs)) or "none"
+        raise FileNotFoundError(f"no run {model_tag!r} in {shown(folder)}; there are {there}")
     return model_tag
+
+
+def shown(path: Path) -> str:
+    """A path as a person knows it: a mirrored one as its URI."""
+    remote = Remote.of(path)
+    return remote.uri_of(path) if remote else str(path)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -132,6 +157,34 @@ class RunDir:
             raise ValueError(f"model tag {model_tag!r}: a plain folder name is needed")
         return RunDir(storage_path(storage) / model_tag)
 
+    def open(self) -> Lease:
+        """Take the run's lease, and for a run in object storage make the local records those of the store.
+
+        Raises RunBusyError, or ValueError for storage that cannot be written, before anything is done.
+        """
+        remote = Remote.of(self.root)
+        if remote is not None:
+            remote.probe()
+        lease = Lease.acquire(self.root)
+        try:
+            self._pull(remote)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def fetch(self) -> RunDir:
+        """For readers: the same run with its records here, unless a job on this machine is just writing them."""
+        held = _read_if_there(self.root / LEASE_FILE)
+        if held is None or not (held["host"] == _host_identity() and _holder_is_alive(held)):
+            self._pull(Remote.of(self.root))
+        return self
+
+    def _pull(self, remote: Remote | None) -> None:
+        if remote is not None:
+            for folder in (self.root, *(self.stage(name) for name in STAGES)):
+                remote.pull_files(folder, NOT_RECORDS, DONE_FILE)
+
     def stage(self, name: str) -> Path:
         return self.root / name
 
@@ -159,17 +212,64 @@ class RunDir:
                 )
             return "done" if self.is_done(stage) else "interrupted"
         write_json(folder / CONFIG_FILE, config)
+        push_records(self.root)
+        push_records(folder)
         return "fresh"
 
     def finish_stage(self, stage: str) -> None:
         write_json(self.stage(stage) / DONE_FILE, {"finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        push_records(self.stage(stage))
+
+    def following(self, stage: str) -> contextlib.AbstractContextManager[object]:
+        """While open, brings the stage's metrics here that a training worker on another machine pushes."""
+        remote, path = Remote.of(self.root), self.stage(stage) / METRICS_FILE
+        if remote is None:
+            return contextlib.nullcontext()
+        return Every(FOLLOW_REMOTE_S, lambda: remote.pull_log(path), f"follow-{stage}")
 
     def require_stage(self, stage: str, job: str) -> Path:
         """The folder of a finished stage, or FileNotFoundError that names the job to run."""
         if not self.is_done(stage):
             command = f"jobs/{job} --model-tag {self.root.name}"
-            raise FileNotFoundError(f"stage {stage} of {self.root} is not finished; run {command} first")
+            raise FileNotFoundError(f"stage {stage} of {shown(self.root)} is not finished; run {command} first")
         return self.stage(stage)
+
+
+def push_records(folder: Path) -> None:
+    """Copy the files directly in a folder of a run to the run's store, `_SUCCESS` last; nothing for a local run."""
+    if (remote := Remote.of(folder)) is not None:
+        remote.push_files(folder, NOT_RECORDS, DONE_FILE)
+
+
+def pull_records(folder: Path) -> Path:
+    """Make the files directly in a folder of a run those of the run's store; nothing for a local run.
+
+    For processes on other machines than the job's, before they read a stage's folder or add to its metrics.
+    """
+    if (remote := Remote.of(folder)) is not None:
+        remote.pull_files(folder, NOT_RECORDS, DONE_FILE)
+    return folder
+
+
+def have_records(folder: Path) -> Path:
+    """The folder of a finished stage, with its files here; pulled only if they are not."""
+    return folder if (folder / DONE_FILE).exists() else pull_records(folder)
+
+
+def request_stop(folder: Path) -> None:
+    """Ask the training of a stage to save and stop. Returns at once; safe in a signal's handler."""
+    path = folder / STOP_FILE
+    path.touch()
+    if (remote := Remote.of(path)) is not None:
+        threading.Thread(target=remote.write, args=(path, b"stop"), name="request-stop", daemon=True).start()
+
+
+def clear_stop(folder: Path) -> None:
+    """Take a request to stop back."""
+    path = folder / STOP_FILE
+    path.unlink(missing_ok=True)
+    if (remote := Remote.of(path)) is not None:
+        remote.delete(path)
 
 
 # --- the lease ---------------------------------------------------------------------------------------------------
@@ -215,6 +315,13 @@ def _holder_is_alive(lease: dict[str, Any]) -> bool:
     return time.time() - float(lease["heartbeat"]) < HEARTBEAT_STALE_S
 
 
+def _busy(root: Path, held: dict[str, Any]) -> RunBusyError:
+    return RunBusyError(
+        f"{shown(root)} is being written by process {held['pid']} on {held['host'].split('|')[0]} "
+        f"(lease {held['epoch']}); wait for it, stop it, or give another --model-tag"
+    )
+
+
 @contextlib.contextmanager
 def _lease_lock(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
@@ -223,19 +330,41 @@ def _lease_lock(root: Path) -> Iterator[None]:
         yield
 
 
+def _read_if_there(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+
+
+def _stored_lease(root: Path) -> Any:
+    """The lease's record where it counts: in the run's store if there is one."""
+    path = root / LEASE_FILE
+    if (remote := Remote.of(root)) is None:
+        return _read_if_there(path)
+    data = remote.read(path)
+    return None if data is None else json.loads(data)
+
+
+def _store_lease(root: Path, record: dict[str, Any]) -> None:
+    if (remote := Remote.of(root)) is not None:
+        remote.write(root / LEASE_FILE, json.dumps(record).encode())
+    write_json(root / LEASE_FILE, record)
+
+
 def lease_epoch(root: Path) -> int:
     """The epoch number of the run's current writer, 0 before the first."""
-    try:
-        return int(read_json(root / LEASE_FILE)["epoch"])
-    except FileNotFoundError:
-        return 0
+    record = _stored_lease(root)
+    return 0 if record is None else int(record["epoch"])
 
 
 def check_writer(root: Path, epoch: int) -> None:
     """Raise StaleWriterError unless `epoch` is still the run's current writer."""
     current = lease_epoch(root)
     if current != epoch:
-        raise StaleWriterError(f"{root}: this process holds lease {epoch}, the run's writer is now lease {current}")
+        raise StaleWriterError(
+            f"{shown(root)}: this process holds lease {epoch}, the run's writer is now lease {current}"
+        )
 
 
 @contextlib.contextmanager
@@ -251,6 +380,12 @@ class Lease:
 
     Each holder has an epoch number; whoever takes over counts it up, and from then on `check_writer` refuses the old
     epoch wherever the old job's processes still run.
+
+    In a folder this is strict: taking over and committing exclude each other by a file lock. A store has no locks:
+    there the new holder writes its record, waits `SETTLE_S` and reads it back. Of two that come at the same moment one
+    gives up, or, if its write took longer than that, finds at its next heartbeat that the number is not its own (they
+    grow by random steps, so no two are alike). A holder that was followed commits no checkpoint that it begins to
+    commit after that; one already on its way to the store may still arrive, whole.
     """
 
     def __init__(self, root: Path, record: dict[str, Any]):
@@ -264,30 +399,34 @@ class Lease:
     @staticmethod
     def acquire(root: Path) -> Lease:
         """Take the run's folder, at once if its last holder is dead; raises RunBusyError if it is alive."""
+        remote = Remote.of(root)
         with _lease_lock(root):
-            path = root / LEASE_FILE
-            held = read_json(path) if path.exists() else None
-            if held is not None and _holder_is_alive(held):
-                raise RunBusyError(
-                    f"{root} is being written by process {held['pid']} on {held['host'].split('|')[0]} "
-                    f"(lease {held['epoch']}); wait for it, stop it, or give another --model-tag"
-                )
+            found = [_read_if_there(root / LEASE_FILE), _stored_lease(root) if remote else None]
+            for held in (record for record in found if record is not None):
+                if _holder_is_alive(held):
+                    raise _busy(root, held)
+            step = 1 if remote is None else 1 + secrets.randbelow(1 << 20)
             record = {
-                "epoch": (held["epoch"] if held else 0) + 1,
+                "epoch": max((held["epoch"] for held in found if held is not None), default=0) + step,
                 "host": _host_identity(),
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
                 "heartbeat": time.time(),
                 "released": False,
             }
-            write_json(path, record)
+            _store_lease(root, record)
+            if remote is not None:
+                time.sleep(SETTLE_S)
+                if (now := _stored_lease(root)) != record:
+                    write_json(root / LEASE_FILE, record | {"released": True})
+                    raise _busy(root, now or record)
         return Lease(root, record)
 
     def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
         with _lease_lock(self.root):
             if lease_epoch(self.root) == self.epoch:
                 change(self._record)
-                write_json(self.root / LEASE_FILE, self._record)
+                _store_lease(self.root, self._record)
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
@@ -298,14 +437,14 @@ class Lease:
         check_writer(self.root, self.epoch)
 
     def advance(self) -> int:
-        """The next epoch number, still held by this job: what its earlier processes try to write is refused from now on.
+        """The next epoch number, still held by this job: what its earlier processes try to write is refused from now.
 
         For a second launch of the training workers, when one of the first may not have noticed yet that it is over.
         """
         with _lease_lock(self.root):
             check_writer(self.root, self.epoch)
             self._record["epoch"] = self.epoch = self.epoch + 1
-            write_json(self.root / LEASE_FILE, self._record)
+            _store_lease(self.root, self._record)
         return self.epoch
 
     def release(self) -> None:

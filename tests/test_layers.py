@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nanochat_ray"
-BOTTOM = {"config", "messages", "run_dir"}
+BOTTOM = {"config", "messages", "remote", "run_dir"}
 GROUND = BOTTOM | {"model", "text", "corpus"}
 TOOLS = GROUND | {"engine"}
 MEASURES = TOOLS | {"tasks", "metrics", "report"}
@@ -20,7 +20,8 @@ ALLOWED = {
     "__init__": set(),
     "config": set(),
     "messages": set(),
-    "run_dir": set(),
+    "remote": set(),
+    "run_dir": {"remote"},
     "flags": {"config"},
     "presets": {"config"},
     "model": BOTTOM,

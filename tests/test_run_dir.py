@@ -71,8 +71,7 @@ def test_storage(monkeypatch, tmp_path):
     assert run_dir.storage_path(None) == tmp_path
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
     assert run_dir.storage_path(None).parts[-2:] == (".cache", "nanochat_ray")
-    with pytest.raises(ValueError, match="URI"):
-        run_dir.storage_path("s3://bucket/runs")
+    assert run_dir.shown(run_dir.storage_path("s3://bucket/runs/")) == "s3://bucket/runs"
 
 
 def test_the_largest_depth_is_found_first(tmp_path):

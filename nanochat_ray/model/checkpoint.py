@@ -1,37 +1,46 @@
 """Checkpoints: a folder per step with safetensors, JSON and a manifest of sizes and hashes, renamed into place whole.
 
 ```
-<stage>/checkpoints/step_000100/  model.safetensors  optim.safetensors  meta.json  manifest.json
+<stage>/checkpoints/step_000100/  model.safetensors  optim.safetensors  meta.json  manifest.json  (evaluated.json)
 ```
 Tensors carry the parameter names of SPEC 1.5, so nothing depends on how many ranks wrote them. No pickle anywhere.
+
+Below a mirrored folder (remote.py) the store is the truth: a checkpoint is there once its manifest is, which is pushed
+last and deleted first; readers pull what they open.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.run_dir import MANIFEST_FILE
+from nanochat_ray.remote import Remote
+from nanochat_ray.run_dir import MANIFEST_FILE, differences, shown, write_json
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIM_FILE = "optim.safetensors"
 META_FILE = "meta.json"
+EVALUATED_FILE = "evaluated.json"  # validation of this very step, known only after the checkpoint; not in the manifest
+PULL_LOCK_FILE = ".pull.lock"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -52,16 +61,31 @@ class Checkpoint:
         return ModelConfig.model_validate(self.meta["model_config"])
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / MODEL_FILE)
+        with self._still_there():
+            return load_file(self.folder / MODEL_FILE)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor] | None:
-        path = self.folder / OPTIM_FILE
-        return load_file(path) if path.exists() else None
+        with self._still_there():
+            return load_file(self.folder / OPTIM_FILE) if OPTIM_FILE in _read_manifest(self.folder) else None
 
     @property
     def model_hash(self) -> str:
         """SHA-256 of the weights file, as the manifest has it."""
-        return json.loads((self.folder / MANIFEST_FILE).read_text())["files"][MODEL_FILE]["sha256"]
+        with self._still_there():
+            return _read_manifest(self.folder)[MODEL_FILE]["sha256"]
+
+    @contextlib.contextmanager
+    def _still_there(self) -> Iterator[None]:
+        """A run that goes on removes its older checkpoints, also while somebody reads one."""
+        try:
+            yield
+        except (OSError, SafetensorError, CorruptCheckpointError) as error:
+            if self.folder.exists():
+                raise
+            raise FileNotFoundError(
+                f"checkpoint {shown(self.folder)} was removed while it was read: the run keeps its newest and its "
+                "best; take one of those, or train with a larger --keep-checkpoints"
+            ) from error
 
     def build_model(self, device: str, compute_dtype: torch.dtype, vocab_size: int | None = None) -> GPT:
         """The network with these weights on `device`. `vocab_size` is the tokenizer's, checked against the model's."""
@@ -74,6 +98,15 @@ class Checkpoint:
         model = GPT.build(config, device=device, compute_dtype=compute_dtype)
         load_weights(model, self.model_tensors())
         return model
+
+    def check_architecture(self, config: ModelConfig) -> None:
+        """Raise ValueError that names what differs unless the weights are of this architecture."""
+        changed = differences(self.meta["model_config"], config.model_dump(mode="json"))
+        if changed:
+            raise ValueError(
+                f"checkpoint {shown(self.folder)} is of another architecture:\n  " + "\n  ".join(changed)
+                + "\nGive the settings that it was trained with, or another --model-tag."
+            )
 
 
 def load_weights(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
@@ -89,9 +122,24 @@ def load_weights(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
+def snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU, which no later update changes.
+
+    From CUDA all copies are queued into pinned memory and waited for once; torch keeps that memory for the next time.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        pinned = tensor.device.type == "cuda"
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=pinned)
+    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """All parameters on the CPU by name."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Copies of all parameters on the CPU by name."""
+    return snapshot(model.state_dict())
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -100,9 +148,14 @@ def step_folder(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[int]:
     """Steps that have a folder, ascending; whether they verify is another question."""
-    if not root.is_dir():
-        return []
-    return sorted(int(m[1]) for entry in root.iterdir() if (m := _STEP_FOLDER.fullmatch(entry.name)))
+    if (remote := Remote.of(root)) is not None:
+        names = list(remote.listing(root))
+    else:
+        names = os.listdir(root) if root.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name)))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -111,16 +164,17 @@ def save_checkpoint(
     model: dict[str, torch.Tensor],
     optimizer: dict[str, torch.Tensor] | None,
     meta: dict[str, Any],
-    keep_last: int | None = 2,
+    keep_last: int | None = None,
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Path:
-    """Write a checkpoint beside the others and rename it into place.
+    """Write a checkpoint beside the others and rename it into place, then remove those that `prune` does not keep.
 
     `guard` is held during the rename and may refuse it (run_dir.writing_as). On any failure, a full disk too, the
     earlier checkpoints are untouched and the unfinished one is removed.
     """
     target = step_folder(root, step)
     temporary = root / f".{target.name}.{os.getpid()}.tmp"
+    leftovers: list[Path] = []
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -133,48 +187,197 @@ def save_checkpoint(
         for path in (*temporary.iterdir(), temporary):
             _fsync(path)
         with guard():
+            leftovers = [path for path in root.glob(".step_*.tmp") if path != temporary]  # of writers that were killed
             if target.exists():  # the same step saved before a rollback: one rename away, one in place
-                old = root / f".{target.name}.replaced.tmp"
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(target, old)
-                os.rename(temporary, target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(temporary, target)
+                leftovers.append(_hide(target))
+            os.rename(temporary, target)
             _fsync(root)
+        if (remote := Remote.of(root)) is not None:
+            _push(remote, target, guard)
     except OSError as error:
-        raise OSError(error.errno, f"checkpoint of step {step} not saved, earlier ones are kept: {error}") from error
+        message = f"checkpoint of step {step} not saved, earlier ones are kept: {error}"
+        raise (OSError(error.errno, message) if error.errno else OSError(message)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (temporary, *leftovers):
+            shutil.rmtree(path, ignore_errors=True)
     if keep_last is not None:
-        for old_step in saved_steps(root)[:-keep_last]:
-            shutil.rmtree(step_folder(root, old_step), ignore_errors=True)
+        prune(root, keep_last, guard)
     return target
 
 
+def note_evaluation(root: Path, step: int, val_bpb: float) -> None:
+    """Write down what a saved step's own evaluation found, if that step was saved; see `known_bpb`."""
+    path = step_folder(root, step) / EVALUATED_FILE
+    if path.parent.is_dir():
+        write_json(path, {"val_bpb": val_bpb})
+        if (remote := Remote.of(root)) is not None:
+            remote.push(path)
+
+
+def known_bpb(root: Path, step: int) -> float | None:
+    """Bits per byte of a step's own evaluation, else of the last one before it was saved; None if there was none."""
+    for name in (EVALUATED_FILE, META_FILE):
+        with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
+            bpb = json.loads(_read(step_folder(root, step) / name)).get("val_bpb")
+            if isinstance(bpb, int | float):
+                return float(bpb)
+    return None
+
+
+def prune(root: Path, keep_last: int, guard: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    """Remove all checkpoints older than the newest `keep_last` except the best.
+
+    Counted are those that have all files of their manifest. The best has the lowest bits per byte, the earliest of
+    equals, for it is the nearest to its evaluation.
+    """
+    whole = _whole_steps(root)
+    if len(whole) <= keep_last:
+        return
+    best = _best_first(root, whole)[:1]
+    doomed = [step for step in saved_steps(root) if step < whole[-keep_last] and step not in best]
+    _remove(root, doomed, guard)
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, so that `step`, which must verify, is the one to go on from."""
+    open_checkpoint(root, step)
+    _remove(root, [later for later in saved_steps(root) if later > step])
+
+
+def sweep(root: Path) -> None:
+    """Remove what writers that were killed left half-written."""
+    for leftover in root.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(
+    root: Path, steps: list[int], guard: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """Remove checkpoints so that a reader sees each of them whole or not at all."""
+    folders = [step_folder(root, step) for step in steps]
+    if (remote := Remote.of(root)) is not None:
+        for folder in folders:
+            remote.delete(folder / MANIFEST_FILE)
+            remote.delete(folder)
+        left = set(saved_steps(root))
+        here = os.listdir(root) if root.is_dir() else []
+        folders = [root / n for n in here if (m := _STEP_FOLDER.fullmatch(n)) and int(m[1]) not in left]
+    with guard():
+        hidden = [_hide(folder) for folder in folders if folder.exists()]
+    for path in hidden:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    """Rename a checkpoint to a name that readers do not look at."""
+    hidden = folder.with_name(f".{folder.name}.removed.{os.getpid()}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    return hidden
+
+
+def _push(remote: Remote, folder: Path, guard: Callable[[], AbstractContextManager[None]]) -> None:
+    manifest = folder / MANIFEST_FILE
+    remote.delete(manifest)  # the same step saved before a rollback
+    remote.delete(folder / EVALUATED_FILE)
+    for name in _read_manifest(folder):
+        remote.push(folder / name)
+    with guard():
+        remote.push(manifest)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
 def open_checkpoint(root: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step; CorruptCheckpointError if a file is missing or differs from the manifest."""
+    """The checkpoint of a step, pulled first if it is in a store.
+
+    Raises FileNotFoundError if there is none, CorruptCheckpointError if a file is missing or differs from the manifest.
+    """
     folder = step_folder(root, step)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint of step {step} in {root}; there are {saved_steps(root) or 'none'}")
+    remote = Remote.of(root)
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        for name, entry in manifest["files"].items():
+        if remote is not None:
+            return _pull(remote, folder, step)
+        return _verified(folder, step)
+    except CorruptCheckpointError:
+        if remote is None and not folder.is_dir():
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {root}; there are {saved_steps(root) or 'none'}"
+            ) from None
+        raise
+
+
+def _verified(folder: Path, step: int) -> Checkpoint:
+    try:
+        for name, entry in _read_manifest(folder).items():
             path = folder / name
             if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
                 raise CorruptCheckpointError(f"{path} does not match its manifest")
         meta = json.loads((folder / META_FILE).read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {error}") from error
+        if meta["step"] != step:
+            raise CorruptCheckpointError(f"{folder} holds the checkpoint of step {meta['step']}")
+    except CorruptCheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {error!r}") from error
     return Checkpoint(folder, step, meta)
+
+
+def _pull(remote: Remote, folder: Path, step: int) -> Checkpoint:
+    """The checkpoint from the store, or the copy that is here already if it is the same; one process at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest = folder / MANIFEST_FILE
+    with open(folder.parent / PULL_LOCK_FILE, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stored = remote.read(manifest)
+        if stored is None:
+            steps = saved_steps(folder.parent)
+            what = "the push of this one was not finished" if step in steps else f"there are {steps or 'none'}"
+            raise FileNotFoundError(f"no checkpoint of step {step} in {shown(folder.parent)}; {what}")
+        with contextlib.suppress(FileNotFoundError, CorruptCheckpointError):
+            if manifest.read_bytes() == stored:
+                return _verified(folder, step)
+        temporary = folder.with_name(f".{folder.name}.pulled.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            (temporary / MANIFEST_FILE).write_bytes(stored)
+            for name in _read_manifest(temporary):
+                if not remote.pull(folder / name, temporary / name):
+                    raise CorruptCheckpointError(f"checkpoint {shown(folder)} is incomplete: no {name}")
+            remote.pull(folder / EVALUATED_FILE, temporary / EVALUATED_FILE)
+            _verified(temporary, step)
+            if folder.exists():
+                shutil.rmtree(_hide(folder), ignore_errors=True)
+            os.rename(temporary, folder)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"in {shown(folder)}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return _verified(folder, step)
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies; a corrupt one is passed over with a warning that names it."""
-    for step in reversed(saved_steps(root)):
+    passed: set[int] = set()
+    while steps := [step for step in saved_steps(root) if step not in passed]:
+        try:
+            return open_checkpoint(root, steps[-1])
+        except CorruptCheckpointError as error:
+            logger.warning("passed over: %s", error)
+        except FileNotFoundError as error:  # removed since it was listed, or its push was not finished
+            logger.info("passed over: %s", error)
+        passed.add(steps[-1])
+    return None
+
+
+def best_checkpoint(root: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest bits per byte that verifies, None if no evaluation is known of any."""
+    for step in _best_first(root, _whole_steps(root)):
         try:
             return open_checkpoint(root, step)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, FileNotFoundError) as error:
             logger.warning("passed over: %s", error)
     return None
 
@@ -183,22 +386,57 @@ def resolve_checkpoint(root: Path, step: int | None) -> Checkpoint:
     """The checkpoint of `step`, or the newest that verifies; FileNotFoundError if there is none."""
     found = latest_checkpoint(root) if step is None else open_checkpoint(root, step)
     if found is None:
-        raise FileNotFoundError(f"no checkpoint in {root}; train the stage first")
+        raise FileNotFoundError(f"no checkpoint in {shown(root)}; train the stage first")
     return found
 
 
-def drop_after(root: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, so that `step`, which must verify, is the one to go on from."""
-    open_checkpoint(root, step)
-    for later in saved_steps(root):
-        if later > step:
-            shutil.rmtree(step_folder(root, later))
+def _best_first(root: Path, steps: list[int]) -> list[int]:
+    bpb = {step: known_bpb(root, step) for step in steps}
+    return [step for _, step in sorted((value, step) for step, value in bpb.items() if value is not None)]
 
 
-def sweep(root: Path) -> None:
-    """Remove what writers that were killed left half-written."""
-    for leftover in root.glob(".step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _whole_steps(root: Path) -> list[int]:
+    """Steps whose files are all there with the right sizes, ascending; contents are not looked at."""
+    return [step for step in saved_steps(root) if _looks_whole(step_folder(root, step))]
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        wanted = {name: entry["bytes"] for name, entry in _parse_manifest(_read(folder / MANIFEST_FILE)).items()}
+        if (remote := Remote.of(folder)) is not None:
+            sizes = {name: entry.size_bytes for name, entry in remote.listing(folder).items()}
+        else:
+            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    except (FileNotFoundError, NotADirectoryError, CorruptCheckpointError):
+        return False
+    return all(sizes.get(name) == size for name, size in wanted.items())
+
+
+def _read(path: Path) -> bytes:
+    """A small file, from the store if there is one; FileNotFoundError if it is not there."""
+    if (remote := Remote.of(path)) is None:
+        return path.read_bytes()
+    data = remote.read(path)
+    if data is None:
+        raise FileNotFoundError(f"no {shown(path)}")
+    return data
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    return _parse_manifest((folder / MANIFEST_FILE).read_bytes())
+
+
+def _parse_manifest(data: bytes) -> dict[str, dict[str, Any]]:
+    """Name -> {"bytes", "sha256"}; CorruptCheckpointError unless it lists plain names, weights and meta among them."""
+    try:
+        files = json.loads(data)["files"]
+        plain = all(name == Path(name).name and name not in ("", "..") for name in files)
+        full = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"the manifest cannot be read: {error!r}") from error
+    if not (plain and full and {MODEL_FILE, META_FILE} <= files.keys()):
+        raise CorruptCheckpointError(f"the manifest lists {sorted(files)[:5]}; it needs {MODEL_FILE} and {META_FILE}")
+    return files
 
 
 def file_hash(path: Path) -> str:

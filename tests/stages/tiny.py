@@ -38,7 +38,7 @@ class Recorder(FolderHooks):
     records: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
-        super().__init__(self.stage_folder, self.epoch, World(), None)
+        super().__init__(self.stage_folder, self.epoch, World(), None, keep_last=2)
 
     def report(self, step, metrics):
         if "train/loss_step" not in metrics:
