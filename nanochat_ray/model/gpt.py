@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import Cache, Span, attend, attend_cached, rotary_tables, windows_of
+from nanochat_ray.model.fp8 import Matrix, Recipe, fp8_linear
 from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu, wide
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine
 
 
-class Linear(nn.Module):
-    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x."""
+class Linear(Matrix):
+    """y = x W^T without bias; the weight stays in fp32 and is cast to the dtype of x, or to fp8 (see `Matrix`)."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -29,7 +30,14 @@ class Linear(nn.Module):
         self._cast: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.cast_weight(x.dtype))
+        recipe = self.recipe()
+        return F.linear(x, self.cast_weight(x.dtype)) if recipe is None else fp8_linear(x, self.weight, recipe)
+
+    def recipe(self) -> Recipe | None:
+        found = super().recipe()
+        if found is not None:
+            self._cast = None  # a training pass, see `cast_weight`
+        return found
 
     def cast_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in another dtype. Inference keeps it, since decoding would spend half its time on casting.
@@ -299,9 +307,10 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Cross-entropy of the normalised stream in nats, see `forward`."""
-        c, weight = self.config, self.lm_head.cast_weight(x.dtype)
+        c, recipe = self.config, self.lm_head.recipe()
+        weight = self.lm_head.weight if recipe else self.lm_head.cast_weight(x.dtype)
         rows, ids, summed = x.flatten(0, 1), targets.flatten(), reduction != "none"
-        loss = cross_entropy(rows, weight, ids, c.vocab_size, c.logit_softcap, summed)
+        loss = cross_entropy(rows, weight, ids, c.vocab_size, c.logit_softcap, summed, recipe)
         if reduction == "mean":
             return loss / (targets >= 0).sum().clamp(min=1)
         return loss if summed else loss.view(targets.shape)

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from nanochat_ray.model.fp8 import E4M3, E5M2, MULTIPLE, Quantised, Recipe, check_tokens, product, quantise, transposed
 
 # Logits alive at a time in the loss.
 CHUNK_LOGITS_CPU = 2**21  # 8 MiB of fp32, which stay in the cache
@@ -137,13 +140,16 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return torch.sigmoid(wide(z) * (2 / cap)).mul_(2 * cap).sub_(cap)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool) -> Tensor:
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool, recipe: Recipe | None = None
+) -> Tensor:
     """Cross-entropy in nats of the soft-capped logits x W^T, never more than a chunk of them alive.
 
-    x (N, C) and weight (V_p, C) in one dtype; the first `vocab` rows of weight count; targets (N,), -1 ignored.
+    x (N, C) and weight (V_p, C) in one dtype; the first `vocab` rows of weight count; targets (N,), -1 ignored. With an
+    fp8 recipe the weight is the fp32 one and N must be a multiple of 16, else ValueError.
     Returns the losses (N,), 0 where ignored, or with `summed` their sum, which is the faster one to train on.
     """
-    return SoftcapCrossEntropy.apply(x, weight, targets, vocab, cap, summed)
+    return SoftcapCrossEntropy.apply(x, weight, targets, vocab, cap, summed, recipe)
 
 
 class SoftcapCrossEntropy(Function):
@@ -152,21 +158,20 @@ class SoftcapCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, cap: float, summed: bool,
+        recipe: Recipe | None,
     ) -> Tensor:
-        ctx.vocab, ctx.cap, ctx.summed = vocab, cap, summed
+        ctx.vocab, ctx.cap, ctx.summed, ctx.recipe, ctx.weight_dtype = vocab, cap, summed, recipe, weight.dtype
         at_once = summed and any(ctx.needs_input_grad)
-        w = weight[:vocab]
+        head = _head(x, weight, vocab, recipe)
         losses = torch.empty(len(x), dtype=wide_dtype(x.dtype), device=x.device)
         dx, dweight = _empty_gradients(x, weight) if at_once else (None, None)
-        for rows in _row_chunks(x, vocab):
-            p, s, at, valid = _probabilities(x[rows], w, targets[rows], cap)
+        for rows in _row_chunks(x, vocab, recipe):
+            p, s, at, valid = _probabilities(head.logits(rows), targets[rows], cap)
             # The cap bounds the logits, so the target's probability cannot underflow.
             losses[rows] = p.gather(1, at)[:, 0].log_().neg_().mul_(valid)
             if dx is not None and dweight is not None:
-                dz = _logit_gradient(p, s, at, valid).to(x.dtype)
-                torch.mm(dz, w, out=dx[rows])
-                dweight[:vocab] += dz.t() @ x[rows]
+                head.gradients(_logit_gradient(p, s, at, valid), rows, dx, dweight)
         if at_once:
             ctx.save_for_backward(dx, dweight)
         else:
@@ -175,19 +180,64 @@ class SoftcapCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        nothing = (None,) * 5
         if ctx.summed:
             dx, dweight = ctx.saved_tensors
-            return (wide(dx) * upstream).to(dx.dtype), (dweight * upstream).to(dx.dtype), None, None, None, None
+            return (wide(dx) * upstream).to(dx.dtype), (dweight * upstream).to(ctx.weight_dtype), *nothing
         x, weight, targets = ctx.saved_tensors
-        w = weight[: ctx.vocab]
+        head = _head(x, weight, ctx.vocab, ctx.recipe)
         dx, dweight = _empty_gradients(x, weight)
-        for rows in _row_chunks(x, ctx.vocab):
-            p, s, at, valid = _probabilities(x[rows], w, targets[rows], ctx.cap)
-            dz = _logit_gradient(p, s, at, valid * upstream[rows]).to(x.dtype)
-            torch.mm(dz, w, out=dx[rows])
-            dweight[: ctx.vocab] += dz.t() @ x[rows]
-        return dx, dweight.to(weight.dtype), None, None, None, None
+        for rows in _row_chunks(x, ctx.vocab, ctx.recipe):
+            p, s, at, valid = _probabilities(head.logits(rows), targets[rows], ctx.cap)
+            head.gradients(_logit_gradient(p, s, at, valid * upstream[rows]), rows, dx, dweight)
+        return dx, dweight.to(weight.dtype), *nothing
+
+
+class Head:
+    """The products of the output layer, a chunk of rows at a time, in the dtype of x."""
+
+    def __init__(self, x: Tensor, weight: Tensor, vocab: int) -> None:
+        self.x, self.weight, self.vocab = x, weight[:vocab], vocab
+
+    def logits(self, rows: slice) -> Tensor:
+        """(n, V), before the cap."""
+        return self.x[rows] @ self.weight.t()
+
+    def gradients(self, dz: Tensor, rows: slice, dx: Tensor, dweight: Tensor) -> None:
+        """Given that of the logits (n, V), set the gradient of x in these rows and add to that of the weight."""
+        dz = dz.to(self.x.dtype)
+        torch.mm(dz, self.weight, out=dx[rows])
+        dweight[: self.vocab] += dz.t() @ self.x[rows]
+
+
+class Fp8Head:
+    """The same in fp8. The gradient of the logits has its scales from its chunk; padded tokens take part as zeros."""
+
+    def __init__(self, x: Tensor, weight: Tensor, vocab: int, recipe: Recipe) -> None:
+        check_tokens(len(x))
+        self.x, self.vocab, self.n_padding, self.recipe = x, vocab, len(weight) - vocab, recipe
+        self.x8, self.weight8 = quantise(x, E4M3, recipe), quantise(weight, E4M3, recipe)
+        self.weight8_t = transposed(self.weight8, weight, E4M3, recipe)
+
+    def x8_rows(self, rows: slice) -> Quantised:
+        return Quantised(self.x8.values[rows], self.x8.factor[rows] if self.x8.factor.dim() else self.x8.factor)
+
+    def logits(self, rows: slice) -> Tensor:
+        return product(self.x8_rows(rows), self.weight8, self.x.dtype, fast=True)[:, : self.vocab]
+
+    def gradients(self, dz: Tensor, rows: slice, dx: Tensor, dweight: Tensor) -> None:
+        if self.n_padding:
+            dz = F.pad(dz, (0, self.n_padding))  # (n, V_p)
+        dz8 = quantise(dz, E5M2, self.recipe)
+        dz8_t = transposed(dz8, dz, E5M2, self.recipe)
+        x8_t = transposed(self.x8_rows(rows), self.x[rows], E4M3, self.recipe)
+        dx[rows] = product(dz8, self.weight8_t, dx.dtype)
+        dweight += product(dz8_t, x8_t, self.x.dtype)
+
+
+def _head(x: Tensor, weight: Tensor, vocab: int, recipe: Recipe | None) -> Head | Fp8Head:
+    return Head(x, weight, vocab) if recipe is None else Fp8Head(x, weight, vocab, recipe)
 
 
 def _empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,15 +245,20 @@ def _empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.zeros_like(weight, dtype=wide_dtype(weight.dtype))
 
 
-def _row_chunks(x: Tensor, vocab: int) -> Iterator[slice]:
+def _row_chunks(x: Tensor, vocab: int, recipe: Recipe | None) -> Iterator[slice]:
     size = max(1, (CHUNK_LOGITS_CPU if x.device.type == "cpu" else CHUNK_LOGITS_GPU) // vocab)
+    if recipe is not None:
+        size = max(MULTIPLE, size - size % MULTIPLE)
     for first in range(0, len(x), size):
         yield slice(first, min(first + size, len(x)))
 
 
-def _probabilities(x: Tensor, w: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities and the sigmoids that the cap is made of (n, V); target ids (n, 1); 1 if there is one (n,)."""
-    s = torch.sigmoid(wide(x @ w.t()).mul_(2 / cap))  # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap
+def _probabilities(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities and the sigmoids that the cap is made of (n, V); target ids (n, 1); 1 if there is one (n,).
+
+    z (n, V): the logits before the cap.
+    """
+    s = torch.sigmoid(wide(z).mul_(2 / cap))  # cap tanh(z / cap) = 2 cap sigmoid(2 z / cap) - cap
     p = torch.softmax(s * (2 * cap), dim=-1)  # a constant taken off all logits changes nothing
     return p, s, targets.clamp(min=0)[:, None], (targets >= 0).to(p.dtype)
 
