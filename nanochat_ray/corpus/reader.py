@@ -31,6 +31,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 Split = Literal["train", "val"]
 Packing = Literal["best-fit", "stream"]
 VALIDATION_BUFFER = 1000  # documents, and
+NAMED_CHANGES = 10  # shards named in an error
 VALIDATION_SLICE = 128  # documents per refill: the constants of nanochat's loader, which validation keeps
 
 
@@ -70,6 +71,17 @@ class DataManifest:
         """SHA-256 of what decides the documents; the place where they lie does not."""
         shards = [[shard.name, shard.bytes, shard.row_groups, shard.rows] for shard in (*self.train, self.val)]
         return hashlib.sha256(json.dumps([self.text_column, self.skip_corrupt, shards]).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise ValueError that names the shards which are not what they were when the manifest was made."""
+        changed = changed_shards(self)
+        if changed:
+            rest = f"\n  and {len(changed) - NAMED_CHANGES} more" if len(changed) > NAMED_CHANGES else ""
+            raise ValueError(
+                f"the data in {self.source} has changed since this run pinned it:\n  "
+                + "\n  ".join(changed[:NAMED_CHANGES]) + rest
+                + "\nBring those files back, or start a new run (another --model-tag)."
+            )
 
     @property
     def n_items(self) -> int:
@@ -130,6 +142,34 @@ def scan_data(
     if not val.rows:
         raise ValueError(f"validation shard {val.name} of {source} holds no documents")
     return DataManifest(source, text_column, train, val, skip_corrupt, skipped)
+
+
+def changed_shards(manifest: DataManifest) -> list[str]:
+    """What differs between the manifest and the files that lie there now, one line a shard: name and difference.
+
+    Compares sizes, and numbers of row groups and documents; it reads no page. Other files in the folder do not matter.
+    """
+    system, _ = _file_system(manifest.source)
+
+    def difference(shard: ShardInfo) -> str | None:
+        file = system.get_file_info(shard.path)
+        if file.type != fs.FileType.File:
+            return f"{shard.name}: missing"
+        if file.size != shard.bytes:
+            return f"{shard.name}: {file.size:,} bytes, was {shard.bytes:,}"
+        try:
+            now = _look_at(system, file, manifest.text_column)
+        except ValueError as error:  # another column
+            return f"{shard.name}: {error}"
+        if isinstance(now, CorruptShard):
+            return f"{shard.name}: no readable parquet file any more"
+        if now != shard:
+            was = f"{shard.row_groups} row groups and {shard.rows:,} documents"
+            return f"{shard.name}: {now.row_groups} row groups and {now.rows:,} documents, was {was}"
+        return None
+
+    with ThreadPoolExecutor(16) as pool:  # a remote footer costs a round trip
+        return [line for line in pool.map(difference, (*manifest.train, manifest.val)) if line]
 
 
 def read_row_group(manifest: DataManifest, item: WorkItem) -> list[str]:

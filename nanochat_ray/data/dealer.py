@@ -2,14 +2,21 @@
 
 The actor is the only consumer, so order and cursor need no agreement between ranks, and a group of workers that starts
 again, with any number of ranks, opens the stream anew at its checkpoint's cursor.
+
+Nobody here waits for ever. A rank waits `wait_s` for its rows, says so meanwhile, and ends with a ClusterError, as it
+does when the dealer dies. A packing process asks for its turn in short calls and ends when the stream is gone. The
+dealer's own thread waits only for ranks to take what is ready; it ends with the stream, or with the actor, which its
+owner kills.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import astuple
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,17 +24,24 @@ import ray
 import ray.data
 
 from nanochat_ray.corpus.items import Visit
-from nanochat_ray.messages import Cursor, PackedBatch, PackedRows
+from nanochat_ray.messages import ClusterError, Cursor, PackCounts, PackedBatch, PackedRows
 from nanochat_ray.stages.rows import RowSource, row_blocks, visits_from
-from nanochat_ray.text.packing import cut_steps, rank_part
+from nanochat_ray.text.packing import cut_steps
+
+logger = logging.getLogger(__name__)
 
 DealerHandle: TypeAlias = ray.actor.ActorHandle
 
-ITEMS_PER_EXECUTION = 512  # of Ray Data; the stream has no end, its executions do
-STEPS_AHEAD = 4
+ITEMS_PER_EXECUTION = 1024  # of Ray Data; the stream has no end, its executions do
 ITEMS_AHEAD = 6  # per packing process
+# Steps ready for the ranks, by number and size. Between two executions of Ray Data nothing is packed for 2 to 4 s.
+STEPS_AHEAD = 64
+BYTES_AHEAD = 256 << 20
+MIN_STEPS_AHEAD = 4
 WAIT_S = 600.0
-NO_ROWS = PackedRows(np.zeros((0, 1), dtype=np.uint16))
+SAY_EVERY_S = 30.0
+TURN_S = 20.0  # one call of a packing process that waits
+DEAF_S = 300.0  # a dealer that has not answered a packing process for so long is given up
 
 
 class PackItems:
@@ -42,66 +56,96 @@ class PackItems:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for number, item in zip(batch["number"], batch["item"], strict=True):
-            ray.get(self.dealer.wait_for_turn.remote(self.stream, int(number)))
-            rows = self.source.pack(int(item))
-            if not len(rows):  # an item without rows is heard of too: as one row that has consumed nothing
-                width, mask = rows.tokens.shape[1], rows.mask
-                blank = None if mask is None else np.zeros((1, width), dtype=bool)
-                rows = PackedRows(np.zeros((1, width), rows.tokens.dtype), blank, np.zeros(1, np.int32))
-            consumed = np.arange(1, len(rows) + 1) if rows.consumed is None else rows.consumed
-            block = {"number": np.full(len(rows), number), "tokens": rows.tokens, "consumed": consumed}
-            if rows.mask is not None:
-                block["mask"] = rows.mask
-            yield block
+            if self.has_turn(int(number)):
+                yield to_columns(int(number), self.source.pack(int(item)))
+
+    def has_turn(self, number: int) -> bool:
+        """Wait until item `number` of the stream is near its use; False if the stream is gone."""
+        turn: Any = None
+        while turn is None:
+            turn = ray.get(self.dealer.turn.remote(self.stream, number), timeout=DEAF_S)
+        return turn
 
 
-def packed_items(
-    source: RowSource, cursor: Cursor, actors: int, dealer: DealerHandle, stream: str
-) -> Iterator[tuple[Visit, PackedRows]]:
-    """Every item from the cursor on with its rows, in order, read, tokenized and packed by Ray Data."""
-    visits = enumerate(visits_from(source, cursor))
-    context = ray.data.DataContext.get_current().copy()
+def to_columns(number: int, rows: PackedRows) -> dict[str, np.ndarray]:
+    """A packed item as a block of Ray Data, each row with the item's number and counts.
+
+    An item without rows is heard of too: as one blank row that has consumed nothing.
+    """
+    if not len(rows):
+        width = rows.tokens.shape[1]
+        blank = None if rows.mask is None else np.zeros((1, width), dtype=bool)
+        rows = PackedRows(np.zeros((1, width), rows.tokens.dtype), blank, np.zeros(1, np.int32), rows.counts)
+    columns = {
+        "number": np.full(len(rows), number),  # (n,)
+        "tokens": rows.tokens,  # (n, T+1)
+        "consumed": np.arange(1, len(rows) + 1) if rows.consumed is None else rows.consumed,  # (n,)
+        "counts": np.tile(np.array(astuple(rows.counts), dtype=np.int64), (len(rows), 1)),  # (n, fields)
+    }
+    return columns if rows.mask is None else {**columns, "mask": rows.mask}
+
+
+def from_columns(block: dict[str, np.ndarray]) -> Iterator[tuple[int, PackedRows]]:
+    """The items of a block with their numbers."""
+    numbers, consumed = block["number"], block["consumed"]
+    starts = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
+    for start, stop in zip(starts, np.r_[starts[1:], len(numbers)], strict=True):
+        part = slice(int(start), int(stop) if consumed[start] else int(start))
+        mask = block["mask"][part] if "mask" in block else None
+        counts = PackCounts(*block["counts"][start].tolist())
+        yield int(numbers[start]), PackedRows(block["tokens"][part], mask, consumed[part], counts)
+
+
+def set_up_ray_data(actors: int) -> None:
+    """Set Ray Data's options for this process, which is the dealer's own.
+
+    They are global to it: set for one stream only, they would be taken back when that stream ends while the next one
+    runs, and its rows would come out of order.
+    """
+    context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=float(actors))
     context.target_max_block_size = None  # one block an item, however large
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # ranks may evaluate for an hour between two steps
-    with ray.data.DataContext.current(context):
-        while batch := dict(islice(visits, ITEMS_PER_EXECUTION)):
-            numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
-            dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
-                PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
-                compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered))),
-            )
-            blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-            for block in blocks:
-                for number, rows in _by_item(block):
-                    yield batch[number], rows
 
 
-def _by_item(block: dict[str, np.ndarray]) -> Iterator[tuple[int, PackedRows]]:
-    numbers = block["number"]
-    starts = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
-    for start, stop in zip(starts, np.r_[starts[1:], len(numbers)], strict=True):
-        part = slice(int(start), int(stop))
-        mask = block["mask"][part] if "mask" in block else None
-        rows = PackedRows(block["tokens"][part], mask, block["consumed"][part])
-        yield int(numbers[start]), rows if block["consumed"][start] else NO_ROWS
+def packed_items(
+    source: RowSource, cursor: Cursor, actors: int, dealer: DealerHandle, stream: str, name: str
+) -> Iterator[tuple[Visit, PackedRows]]:
+    """Every item from the cursor on with its rows, in order, read, tokenized and packed by Ray Data."""
+    visits, due = enumerate(visits_from(source, cursor)), count()
+    while batch := dict(islice(visits, ITEMS_PER_EXECUTION)):
+        numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
+        dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
+            PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered))),
+        )
+        dataset.set_name(name)
+        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        for block in blocks:
+            for number, rows in from_columns(block):
+                assert number == next(due), f"Ray Data gave item {number} of the stream out of its order"
+                yield batch[number], rows
 
 
 class RowDealer:
     """Cuts the stream into optimizer steps and hands each rank its part. Waiting calls run in threads of their own."""
 
-    def __init__(self, source: RowSource, rows_per_step: int, actors: int):
-        self.source, self.rows_per_step, self.actors = source, rows_per_step, actors
+    def __init__(self, source: RowSource, rows_per_step: int, actors: int, name: str):
+        set_up_ray_data(actors)
+        self.source, self.rows_per_step, self.actors, self.name = source, rows_per_step, actors, name
         self._changed = threading.Condition()
         self._stream = ""
-        self._parts: dict[tuple[int, int], PackedBatch | None] = {}
-        self._error: Exception | None = None
+        self._parts: dict[tuple[int, int], PackedBatch] = {}
+        self._error: BaseException | None = None
         self._end: int | None = None
         self._taken = 0  # items of the stream that were needed so far
         self._asked_s = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"RowDealer({self.name})"  # Ray's dashboard and logs show this
 
     def open(self, stream: str, cursor: Cursor, first_step: int, world_size: int) -> None:
         """Start dealing from a cursor under a new name; calls for the old name end with an error."""
@@ -109,45 +153,68 @@ class RowDealer:
             self._stream, self._parts, self._error, self._end, self._taken = stream, {}, None, None, 0
             self._asked_s = time.monotonic()
             self._changed.notify_all()
-        threading.Thread(target=self._produce, args=(stream, cursor, first_step, world_size), daemon=True).start()
+        threading.Thread(
+            target=self._produce, args=(stream, cursor, first_step, world_size), name=stream, daemon=True
+        ).start()
 
-    def part(self, stream: str, step: int, rank: int) -> PackedBatch | None:
+    def part(self, stream: str, step: int, rank: int, wait_s: float = WAIT_S) -> PackedBatch | None:
         """A rank's rows of a step, None behind the stream's end. Raises what packing raised."""
         self._asked_s = time.monotonic()
         with self._changed:
-            ready = self._changed.wait_for(
+            self._changed.wait_for(
                 lambda: self._stream != stream or self._error or (step, rank) in self._parts
                 or (self._end is not None and step >= self._end),
-                timeout=WAIT_S,
+                timeout=wait_s,
             )
             if self._stream != stream:
-                raise RuntimeError(f"the stream {stream} was replaced by {self._stream}")
+                raise ClusterError(f"the stream of rows {stream!r} is closed; open is {self._stream!r}")
             if (step, rank) in self._parts:
                 batch = self._parts.pop((step, rank))
                 self._changed.notify_all()
                 return batch
             if self._error:
                 raise self._error
-            if not ready:
-                raise TimeoutError(f"no rows for step {step} within {WAIT_S:.0f} s; has the cluster a CPU for data?")
+            if self._end is None:
+                raise ClusterError(f"no rows for step {step} within {wait_s:.0f} s: {self._describe()}")
             return None
 
     def silent_s(self) -> float:
         """Seconds since a rank last asked for rows."""
         return time.monotonic() - self._asked_s
 
-    def wait_for_turn(self, stream: str, number: int) -> None:
-        """Return when item `number` of the stream is at most ITEMS_AHEAD per packing process before its use."""
+    def describe(self) -> str:
+        """How far packing is, for who waits for it."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stream != stream or number < self._taken + ITEMS_AHEAD * self.actors
-            )
+            return self._describe()
+
+    def turn(self, stream: str, number: int) -> bool | None:
+        """Whether item `number` is at most ITEMS_AHEAD per packing process before its use; False: the stream is gone.
+
+        Waits for it, but not long: None means ask again.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._stream != stream or self._is_near(number), timeout=TURN_S)
+            if self._stream != stream:
+                return False
+            return True if self._is_near(number) else None
+
+    def _is_near(self, number: int) -> bool:
+        return number < self._taken + ITEMS_AHEAD * self.actors
+
+    def _describe(self) -> str:
+        ready = len({step for step, _ in self._parts})
+        if self._taken or ready:
+            return f"{self._taken} items packed, {ready} steps ready"
+        return f"nothing packed yet; {self.actors} data processes need a free CPU each"
 
     def _packed(self, stream: str, cursor: Cursor) -> Iterator[tuple[Visit, PackedRows]]:
         """The packed items, counted as they are taken."""
         this = ray.get_runtime_context().current_actor
-        for taken, packed in enumerate(packed_items(self.source, cursor, self.actors, this, stream), 1):
+        items = packed_items(self.source, cursor, self.actors, this, stream, f"{self.name} rows")
+        for taken, packed in enumerate(items, 1):
             with self._changed:
+                if self._stream != stream:
+                    return
                 self._taken = taken
                 self._changed.notify_all()
             yield packed
@@ -156,45 +223,78 @@ class RowDealer:
         end = first_step
         try:
             blocks = row_blocks(self._packed(stream, cursor), cursor, self.source.n_items)
-            for step, cut in enumerate(cut_steps(blocks, self.rows_per_step), first_step):
+            for number, step in enumerate(cut_steps(blocks, self.rows_per_step), first_step):
+                ahead = max(MIN_STEPS_AHEAD, min(STEPS_AHEAD, BYTES_AHEAD // max(1, step.rows.tokens.nbytes)))
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._stream != stream or len(self._parts) < STEPS_AHEAD * world_size
-                    )
+                    while self._stream == stream and len(self._parts) >= ahead * world_size:
+                        self._changed.wait()
                     if self._stream != stream:
                         return
                     for rank in range(world_size):
-                        part = rank_part(len(cut.rows), rank, world_size)
-                        mask = None if cut.rows.mask is None else cut.rows.mask[part]
-                        batch = PackedBatch(step, cut.rows.tokens[part], mask, cut.cursor, cut.progress)
-                        self._parts[step, rank] = batch
+                        self._parts[number, rank] = step.batch(number, rank, world_size)
                     self._changed.notify_all()
-                end = step + 1
+                end = number + 1
             self._finish(stream, end=end)
-        except Exception as error:  # whatever it is, the ranks that wait must hear of it
-            self._finish(stream, error=error)
+        except BaseException as error:  # whatever it is, the ranks that wait must hear of it
+            self._finish(stream, error=_what_packing_raised(error))
 
-    def _finish(self, stream: str, end: int | None = None, error: Exception | None = None) -> None:
+    def _finish(self, stream: str, end: int | None = None, error: BaseException | None = None) -> None:
         with self._changed:
             if self._stream == stream:
                 self._end, self._error = end, error
                 self._changed.notify_all()
 
 
-def start_dealer(source: RowSource, rows_per_step: int, world_size: int, actors: int) -> DealerHandle:
-    """The dealer as an actor. It reserves no CPU: packing happens in Ray Data's own actors."""
+def _what_packing_raised(error: BaseException) -> BaseException:
+    """The innermost error of those that Ray and Ray Data put around each other."""
+    inner: object = error
+    while isinstance(inner, BaseException):
+        error = inner
+        inner = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+def start_dealer(
+    source: RowSource, rows_per_step: int, world_size: int, actors: int, name: str = "training"
+) -> DealerHandle:
+    """The dealer as an actor. It reserves no CPU: packing happens in Ray Data's own actors.
+
+    `name` is what the dashboard shows. A dealer that dies is not started again: its ranks end with a ClusterError, and
+    who launches them again starts another.
+    """
     actor_class: Any = ray.remote(RowDealer)
-    calls = 2 * world_size + actors + 3  # of which most only wait
-    return actor_class.options(num_cpus=0, max_concurrency=calls, max_restarts=3).remote(source, rows_per_step, actors)
+    calls = 2 * world_size + 2 * actors + 4  # of which most only wait
+    return actor_class.options(num_cpus=0, max_concurrency=calls).remote(source, rows_per_step, actors, name)
 
 
-def batches_from(dealer: DealerHandle, stream: str, step: int, rank: int) -> Iterator[PackedBatch]:
-    """This rank's batches from a step on; the next one is on its way while one is in use."""
-    ahead: ray.ObjectRef = dealer.part.remote(stream, step, rank)
+def batches_from(
+    dealer: DealerHandle, stream: str, step: int, rank: int, wait_s: float = WAIT_S
+) -> Iterator[PackedBatch]:
+    """This rank's batches from a step on; the next one is on its way while one is in use.
+
+    Raises what packing raised, and ClusterError when the dealer is dead or has no rows within `wait_s`.
+    """
+    ahead: ray.ObjectRef = dealer.part.remote(stream, step, rank, wait_s)
     while True:
-        batch = ray.get(ahead)
+        batch = _receive(dealer, ahead, step, rank, wait_s)
         if batch is None:
             return
         step += 1
-        ahead = dealer.part.remote(stream, step, rank)
+        ahead = dealer.part.remote(stream, step, rank, wait_s)
         yield batch
+
+
+def _receive(dealer: DealerHandle, part: ray.ObjectRef, step: int, rank: int, wait_s: float) -> PackedBatch | None:
+    started_s = time.monotonic()
+    try:
+        while not ray.wait([part], timeout=SAY_EVERY_S)[0]:
+            waited_s = time.monotonic() - started_s
+            state: Any = ray.get(dealer.describe.remote(), timeout=SAY_EVERY_S)
+            logger.warning("rank %d: waiting for the rows of step %d for %.0f s: %s", rank, step, waited_s, state)
+            if waited_s > wait_s + SAY_EVERY_S:
+                raise ClusterError(f"the data dealer gave no rows for step {step} within {waited_s:.0f} s: {state}")
+        return ray.get(part)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ClusterError(f"the data dealer does not answer; rank {rank} waits for step {step}") from error
+    except ray.exceptions.RayActorError as error:
+        raise ClusterError(f"the data dealer died; rank {rank} was to get step {step} from it: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from itertools import islice
 
 import numpy as np
@@ -66,6 +67,24 @@ def test_no_documents_is_an_error() -> None:
             next(items_from(Cursor(), sizes, 0))
 
 
+@pytest.mark.parametrize("cursor", [Cursor(0, 6), Cursor(1, -1), Cursor(-1, 0), Cursor(0, 0, -1)])
+def test_a_cursor_that_is_no_place_is_an_error(cursor: Cursor) -> None:
+    for sizes in (5, [1, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="no place in 5 work items"):
+            next(items_from(cursor, sizes, 0))
+
+
+def test_the_order_of_a_large_set_takes_four_bytes_an_item() -> None:
+    n_items = 6000 * 50
+    tracemalloc.start()
+    visits = items_from(Cursor(3, 1000), n_items, seed=42)
+    for _ in range(100):
+        next(visits)
+    now, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert now < 1.2 * 4 * n_items + 100_000
+
+
 @given(n=st.integers(0, 100), size=st.integers(1, 30))
 def test_index_items_cover_the_mixture(n: int, size: int) -> None:
     items = index_items(n, size)
@@ -88,4 +107,6 @@ def test_a_block_knows_its_place_and_progress() -> None:
     behind = row_block(rows, visit, first_row=4)  # where a step ended with the item
     assert len(behind.rows) == 0 and behind.cursor == Cursor(2, 5, 4)
     assert len(row_block(PackedRows(tokens[:0]), visit).rows) == 0
+    with pytest.raises(ValueError, match="has 4 rows, the checkpoint is behind 5"):
+        row_block(rows, visit, first_row=5)
     assert row_block(PackedRows(tokens), visit).progress.tolist() == pytest.approx([2.6, 2.7, 2.8, 2.9])

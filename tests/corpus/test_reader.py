@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from nanochat_ray.corpus.items import WorkItem, items_from, row_block
 from nanochat_ray.corpus.reader import (
     DataManifest,
+    changed_shards,
     iter_documents,
     pack_item,
     read_row_group,
@@ -201,6 +203,41 @@ def test_missing_values_are_empty_documents(tmp_path: Path, tokenizer: Tokenizer
     counts = rows.counts
     assert (counts.documents, counts.empty) == (4, 2)
     assert not (rows.tokens == tokenizer.bos_id).all(axis=1).any()
+
+
+def test_shards_that_changed_since_are_named(tmp_path: Path) -> None:
+    for k in range(14):
+        write_shard(tmp_path / f"s{k:02d}.parquet", texts(k, 20))
+    for source in (str(tmp_path), tmp_path.as_uri()):
+        manifest = scan_data(source)
+        manifest.check()
+        (tmp_path / "new.parquet").write_bytes(b"not ours")
+        manifest.check()
+        (tmp_path / "new.parquet").unlink()
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "s00.parquet").unlink()
+    write_shard(tmp_path / "s01.parquet", texts(1, 60))
+    (tmp_path / "s02.parquet").write_bytes(b"\0" * len(whole["s02.parquet"]))
+    (tmp_path / "s13.parquet").unlink()  # the validation shard counts too
+    changed = changed_shards(manifest)
+    assert [line.split(":")[0] for line in changed] == ["s00.parquet", "s01.parquet", "s02.parquet", "s13.parquet"]
+    assert "missing" in changed[0] and "bytes, was" in changed[1] and "no readable parquet" in changed[2]
+    with pytest.raises(ValueError, match=r"(?s)s00\.parquet: missing.*s13\.parquet.*--model-tag"):
+        manifest.check()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="and 4 more"):
+        manifest.check()
+
+
+def test_shards_of_equal_size_with_other_row_groups_are_told_apart(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", texts(0, 20))
+    write_shard(tmp_path / "b.parquet", texts(0, 20))
+    manifest = scan_data(str(tmp_path))
+    write_shard(tmp_path / "a.parquet", texts(0, 20), row_group=5)
+    now = (tmp_path / "a.parquet").stat().st_size
+    same_size = replace(manifest, train=(replace(manifest.train[0], bytes=now),))
+    assert changed_shards(same_size) == ["a.parquet: 4 row groups and 20 documents, was 3 row groups and 20 documents"]
 
 
 # ---- the stream of rows
