@@ -59,17 +59,19 @@ def speedrun(settings: SpeedrunSettings) -> None:
     import sft
     import tok_eval
     import tok_train
-    from _data import pin_data, pinned_world
+    from _data import RunData, pinned_world
 
     from nanochat_ray.corpus.shards import shards_needed
     from nanochat_ray.model.scaling import plan_training
 
     plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
     with open_job(settings.run, settings.run.model_tag or f"d{settings.pretrain.depth}") as job:
-        manifest = pin_data(settings.run, job.run_dir, job.device, shards_needed(plan.total_tokens))
+        data = RunData(job, shards_needed(plan.total_tokens))
+        first_shards = data.for_tokenizer(settings.tokenizer.max_chars)
+        tok_train.run(job, settings.tokenizer, first_shards)
+        tok_eval.run(job, first_shards)
+        manifest = data.whole()
         world = pinned_world(job.run_dir, settings.run.storage)
-        tok_train.run(job, settings.tokenizer, manifest)
-        tok_eval.run(job, manifest)
         pretrain.run(job, settings.pretrain, manifest)
         base_eval.run(job, settings.base_eval, manifest)
         sft.run(job, settings.sft, world)

@@ -36,10 +36,10 @@ def run(job: Job, manifest: DataManifest) -> None:
 
 def cli() -> None:
     settings = read_flags(__doc__ or "", [Section("run", RunSettings())]).settings(RunSettings)
-    from _data import pin_data
+    from _data import pinned_for_tokenizer
 
     with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
-        run(job, pin_data(settings, job.run_dir, job.device))
+        run(job, pinned_for_tokenizer(job))
 
 
 if __name__ == "__main__":

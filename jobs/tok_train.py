@@ -39,12 +39,13 @@ def run(job: Job, settings: TokenizerSettings, manifest: DataManifest) -> Tokeni
 
 
 def cli() -> None:
-    from _data import pin_data
+    from _data import RunData
 
     flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("tokenizer", TokenizerSettings())])
     settings = flags.settings(RunSettings)
     with open_job(settings, settings.model_tag or f"d{PretrainSettings().depth}") as job:
-        run(job, flags.settings(TokenizerSettings), pin_data(settings, job.run_dir, job.device))
+        tokenizer_settings = flags.settings(TokenizerSettings)
+        run(job, tokenizer_settings, RunData(job).for_tokenizer(tokenizer_settings.max_chars))
 
 
 if __name__ == "__main__":

@@ -298,6 +298,46 @@ class RunSettings(Settings):
         return int(parts[0]), int(parts[-1])
 
 
+class DownloadSettings(Settings):
+    """Getting data shards; nanochat's dataset."""
+
+    data: str = Field(
+        "climbmix",
+        description="climbmix, fineweb-edu, or any source of shards: a web address, s3://, gs:// or a folder",
+    )
+    names: tuple[str, ...] | None = Field(
+        None, description="shards to get by name; unset: all that the source lists (a web address: its checksum file)"
+    )
+    storage: str | None = Field(None, description="as of all jobs; a published set has its own folder in it")
+    to: str | None = Field(
+        None, description="folder to write, shared by all nodes; unset: the published set's below the storage"
+    )
+    max_shards: int | None = Field(
+        None, gt=0, description="training shards, the first by name; unset: all",
+        json_schema_extra={"short": "-n", "alias": "--num-files"},
+    )
+    val_shard: str | None = Field(None, description="the validation shard, always fetched; unset: the last by name")
+    concurrency: int = Field(
+        4, ge=1, description="shards at a time", json_schema_extra={"short": "-w", "alias": "--num-workers"}
+    )
+    tries: int = Field(5, ge=1, description="of one shard in a row that bring nothing new")
+    backoff_s: float = Field(1.0, ge=0, description="seconds before the second try; doubles with each one")
+    verify: bool = Field(False, description="compare the content of shards that are there with their SHA-256")
+    ray: bool = Field(True, description="as Ray tasks, on all nodes; --no-ray: in threads of this process")
+
+
+class RepackageSettings(Settings):
+    """Writing a data set as shards."""
+
+    data: str | None = Field(None, description="folder or URI of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files")
+    to: str | None = Field(None, description="folder to write; it must not be there")
+    pattern: str = Field("*", description="which files of the folder, such as 'train-*.parquet'")
+    text_column: str = Field("text", description="column or key of the documents")
+    chars_per_shard: float = Field(2.5e8, gt=0, description="a shard ends with the row group that reaches this")
+    val_docs: int = Field(10_240, ge=1, description="documents of the validation shard, the first in order")
+    seed: int | None = Field(None, ge=0, description="shuffle all documents; unset: keep their order")
+
+
 class SpeedrunSettings(Settings):
     """The main job: a preset and what the person changed of it."""
 

@@ -27,8 +27,8 @@ S = TypeVar("S", bound=Settings)
 REFUSED = {
     "hf-path": "only models trained here are evaluated; leave it out",
     "dry-run": "every stage keeps what it did; give another --model-tag for a trial",
-    "num-files": "the shards that the training horizon needs are fetched; --max-shards sets a limit",
-    "num-workers": "downloads choose their own parallelism; leave it out",
+    "num-files": "what the training horizon needs is fetched; --max-shards is a limit (download.py takes it)",
+    "num-workers": "training ranks are --workers (download.py takes it)",
     "num-gpus": "training takes --workers, evaluation --eval-workers",
     "nproc-per-node": "ranks are started by Ray, not by torchrun; use --workers",
     "standalone": "ranks are started by Ray, not by torchrun; use --workers",
@@ -232,6 +232,8 @@ def _add_section(parser: argparse.ArgumentParser, section: Section) -> None:
         options = [section.flag(name)]
         if "short" in extra and not section.prefix:
             options.insert(0, str(extra["short"]))
+        if "alias" in extra and not section.prefix:
+            options.append(str(extra["alias"]))
         shape: dict[str, Any] = {"dest": f"{section.key}.{name}", "default": argparse.SUPPRESS}
         help_text = _help(section, name, info, kind)
         if kind.base is bool:

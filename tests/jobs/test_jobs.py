@@ -33,7 +33,7 @@ def tiny_run(tmp_path_factory):
 @pytest.mark.parametrize("job", sorted(path.name for path in JOBS.glob("[!_]*.py")))
 def test_help(tmp_path, job):
     code, out = run(tmp_path, job, "--help")
-    assert code == 0 and "--storage" in out and "--model-tag" in out
+    assert code == 0 and ("--model-tag" in out or job in ("download.py", "repackage.py"))
 
 
 def test_the_main_job_ends_with_report_and_chat_command(tiny_run):

@@ -75,7 +75,7 @@ def serve(hub: Hub) -> http.server.ThreadingHTTPServer:
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr(download, "RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY", download.Retry(3, 0.0))
     monkeypatch.delenv(download.OFFLINE_VARIABLE, raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     hub = Hub()
