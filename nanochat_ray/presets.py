@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from nanochat_ray.config import (
@@ -40,13 +41,13 @@ def preset(name: str, machine: Machine) -> SpeedrunSettings:
     if name in ("cpu", "smoke"):
         return _small(name)
     if name in GPU_PRESETS:
-        return _gpu(name, max(1, machine.gpus))
+        return _gpu(name, machine)
     names = ["cpu", "smoke", *GPU_PRESETS]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
     raise ValueError(f"no preset {name!r}; nearest: {', '.join(near)} (there are {', '.join(names)})")
 
 
-# depth -> tokens per scaling parameter and rows per GPU; d24 is nanochat's speedrun
+# depth -> tokens per scaling parameter and rows per GPU; d24 is nanochat's speedrun, with fp8
 GPU_PRESETS: dict[str, tuple[int, float, int]] = {
     "d12": (12, 12.0, 32),
     "d20": (20, 12.0, 32),
@@ -56,12 +57,17 @@ GPU_PRESETS: dict[str, tuple[int, float, int]] = {
 }
 
 
-def _gpu(name: str, gpus: int) -> SpeedrunSettings:
+# GPUs with at least eight to a machine that have no fp8 of the kind needed; for other names the stage's check decides.
+NO_FP8_GPUS = r"v100|a100|a800|a10g?\b|a30\b|a40\b|rtx 30|mi\d"
+
+
+def _gpu(name: str, machine: Machine) -> SpeedrunSettings:
     depth, ratio, rows = GPU_PRESETS[name]
+    fp8 = name == "d24" and not re.search(NO_FP8_GPUS, machine.gpu_name.lower())
     return SpeedrunSettings(
         preset=name,
-        run=RunSettings(model_tag=name, workers=str(gpus), data="climbmix"),
-        pretrain=PretrainSettings(depth=depth, target_param_data_ratio=ratio, device_batch_size=rows),
+        run=RunSettings(model_tag=name, workers=str(max(1, machine.gpus)), data="climbmix"),
+        pretrain=PretrainSettings(depth=depth, target_param_data_ratio=ratio, device_batch_size=rows, fp8=fp8),
         sft=SFTSettings(device_batch_size=min(rows, 16)),
     )
 

@@ -23,7 +23,7 @@ SMALLEST_AMAX = 1e-12  # of what is quantised: a matrix of zeros gets a finite s
 MULTIPLE = 16  # every dimension of a product, which the kernels ask for
 NARROWEST = 128  # below this a matrix is not worth it
 LEAST_CAPABILITY = (8, 9)  # of CUDA devices: Ada, Hopper, Blackwell
-TURN_OFF = "turn fp8 off (--no-fp8, in the main job --no-pretrain.fp8)"
+TURN_OFF = "turn fp8 off (--no-fp8, in the main job --pretrain.no-fp8)"
 
 
 class Quantised(NamedTuple):

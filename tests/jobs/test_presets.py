@@ -23,7 +23,18 @@ def test_the_speedrun_of_the_spec():
     assert (found.pretrain.depth, found.run.worker_range, found.run.data) == (24, (8, 8), "climbmix")
     assert (plan.total_batch_size, plan.num_iterations) == (1_048_576, 5_568)
     assert plan.grad_accum_steps(found.pretrain.device_batch_size, 8) == 4
-    assert found.run.dtype is None and not found.pretrain.fp8  # bfloat16, by hardware
+    assert found.run.dtype is None  # bfloat16, by hardware
+    assert found.pretrain.fp8 and found.pretrain.fp8_recipe == "tensorwise"
+
+
+def test_fp8_is_for_the_speedrun_on_gpus_that_have_it():
+    assert [name for name in GPU_PRESETS if preset(name, Machine(8, "NVIDIA H100 80GB HBM3")).pretrain.fp8] == ["d24"]
+    for gpu in ("NVIDIA A100-SXM4-80GB", "NVIDIA A40", "Tesla V100-SXM2-16GB", "A10G", "AMD Instinct MI300X"):
+        assert not preset("d24", Machine(8, gpu)).pretrain.fp8, gpu
+    for gpu in ("NVIDIA H200", "NVIDIA B200", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA RTX 4000 Ada", "A"):
+        assert preset("d24", Machine(8, gpu)).pretrain.fp8, gpu
+    found, _ = settings("--pretrain.no-fp8", machine=Machine(8, "NVIDIA H100"))
+    assert not found.pretrain.fp8
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_compiled_training_pass(recipe):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            assert distance(parameter.grad, grads[name]) < 0.15, name  # other sums, rounded to 3 bits anew in each layer
+            assert distance(parameter.grad, grads[name]) < 0.15, name  # sums in another order, rounded to 3 bits
 
 
 @both_recipes
