@@ -1,14 +1,50 @@
-"""What base_eval and chat_eval share: the model to evaluate, and running units on Ray's actors or in this process."""
+"""What the evaluating jobs share: the model, running units on Ray or in this process, the scores of a base model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-from _runtime import Job, available_cpus
+from _runtime import Job, Notes, available_cpus
 
+from nanochat_ray.config import BaseEvalSettings, RunSettings
+from nanochat_ray.metrics.bits_per_byte import bits_per_byte
+from nanochat_ray.metrics.core import CoreRecord, core_metric, merge
+from nanochat_ray.metrics.core_bundle import find_bundle, load_bundle, load_items
 from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
-from nanochat_ray.run_dir import STAGE_OF_SOURCE
-from nanochat_ray.stages.evaluation import EvalSpec, Record, Unit, run_units_here
+from nanochat_ray.report.records import Sample, Table
+from nanochat_ray.run_dir import STAGE_OF_SOURCE, storage_path
+from nanochat_ray.stages.evaluation import (
+    BpbUnit,
+    CoreUnit,
+    EvalSpec,
+    Nats,
+    Record,
+    SampleUnit,
+    Unit,
+    cut,
+    run_units_here,
+)
+from nanochat_ray.stages.pretrain import bpb_convention
+from nanochat_ray.tasks.rows import TaskDataMissing
+
+logger = logging.getLogger("nanochat_ray")
+
+ROWS_PER_UNIT = 64
+ITEMS_PER_UNIT = 40
+
+
+class Runner(Protocol):
+    """A job, as far as running units needs one."""
+
+    settings: RunSettings
+
+    @property
+    def device(self) -> str: ...
+
+    def use_ray(self) -> bool: ...
 
 
 def checkpoint_of(job: Job, source: str, step: int | None) -> Checkpoint:
@@ -18,7 +54,7 @@ def checkpoint_of(job: Job, source: str, step: int | None) -> Checkpoint:
     return resolve_checkpoint(job.run_dir.checkpoints(stage), step)
 
 
-def run_units(job: Job, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Record]]:
+def run_units(job: Runner, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Record]]:
     """Evaluate the units where the job's settings say. The records are the same for any number of actors."""
     if not units:
         return []
@@ -34,3 +70,83 @@ def run_units(job: Job, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Reco
         actors = available_cpus()
     threads = max(1, available_cpus() // actors)
     return on_actors(spec, units, actors, threads)
+
+
+# --- the pretrained model --------------------------------------------------------------------------------------------
+
+
+def core_bundle(run: RunSettings, settings: BaseEvalSettings) -> tuple[Path | None, str]:
+    """The CORE bundle's folder if CORE is asked for, else None with the reason, which is empty if it is not."""
+    if "core" not in settings.eval.split(","):
+        return None, ""
+    try:
+        return find_bundle(Path(run.eval_bundle).expanduser().absolute() if run.eval_bundle else None,
+                           storage_path(run.storage)), ""
+    except TaskDataMissing as error:
+        return None, str(error)
+
+
+def base_units(settings: BaseEvalSettings, sequence_len: int, bundle: Path | None) -> list[Unit]:
+    """All that an evaluation of a pretrained model consists of."""
+    parts = settings.eval.split(",")
+    units: list[Unit] = []
+    if "bpb" in parts:
+        n_rows = max(1, settings.split_tokens // sequence_len)
+        units += [BpbUnit(split, n_rows, *span) for split in ("train", "val") for span in spans(n_rows)]
+    if bundle:
+        units += [
+            CoreUnit(task.label, indices, settings.max_per_task)
+            for task in load_bundle(bundle).tasks
+            for indices in cut(range(len(load_items(task)[: settings.max_per_task])), ITEMS_PER_UNIT)
+        ]
+    if "sample" in parts:
+        units.append(SampleUnit())
+    return units
+
+
+def spans(n_rows: int) -> list[tuple[int, int]]:
+    """The rows of a split in units."""
+    return [(start, min(start + ROWS_PER_UNIT, n_rows)) for start in range(0, n_rows, ROWS_PER_UNIT)]
+
+
+def note_scores(
+    notes: Notes, units: Sequence[Unit], found: Sequence[Sequence[Record]], sequence_len: int, bundle: Path | None
+) -> None:
+    """The metrics, tables and samples of the records that the units gave."""
+    pairs: list[tuple[Unit, Any]] = [
+        (unit, record) for unit, part in zip(units, found, strict=True) for record in part
+    ]
+    for split in ("train", "val"):
+        note_bpb(notes, split, [r for unit, r in pairs if isinstance(unit, BpbUnit) and unit.split == split],
+                 sequence_len)
+    if bundle:
+        note_core(notes, bundle, [r for unit, r in pairs if isinstance(unit, CoreUnit)])
+    notes.samples += [Sample(**r) for unit, r in pairs if isinstance(unit, SampleUnit)]
+
+
+def note_bpb(notes: Notes, split: str, sums: list[Nats], sequence_len: int) -> None:
+    """Bits per byte of a split, with what the number depends on."""
+    if not sums:
+        return
+    bpb = bits_per_byte(sum(part.nats for part in sums), sum(part.bytes for part in sums))
+    n_rows = sum(part.rows for part in sums)
+    logger.info("%s bpb %.4f over %d rows of %d tokens", split, bpb, n_rows, sequence_len)
+    notes.metrics |= {f"{split}/bpb": bpb, f"{split}/convention": bpb_convention(n_rows, sequence_len, sums[0].dtype)}
+    if split == "train":
+        notes.metrics["train/note"] = "the first training documents; tokenizer and model have seen them"
+
+
+def note_core(notes: Notes, folder: Path, records: list[CoreRecord]) -> None:
+    """The CORE metric and its table."""
+    bundle = load_bundle(folder)
+    for label, reason in bundle.skipped.items():
+        notes.skip(f"CORE task {label}", reason)
+    results = [merge(task, [record for record in records if record.task == task.label]) for task in bundle.tasks]
+    score = core_metric(results)
+    logger.info("%s %.4f", score.name, score.value)
+    notes.metrics |= {"core_metric": score.value, "core_metric_name": score.name}
+    notes.hashes["eval_bundle"] = bundle.sha256
+    notes.tables[score.name] = Table(
+        ["task", "items", "accuracy", "centred", "baseline"],
+        [[r.task, r.n_items, r.accuracy, r.centred, r.baseline_frac] for r in results],
+    )

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _runtime import Job, main, open_job
+from _runtime import Job, main
 
 from nanochat_ray.config import RunSettings
 from nanochat_ray.flags import Section, read_flags
-from nanochat_ray.run_dir import existing_run
+from nanochat_ray.run_dir import RunDir, existing_run
 
 
 def run(job: Job) -> Path:
     """Write `report/report.md` with its plots; always anew, for it is made of what is there."""
+    return write(job.run_dir, job.settings)
+
+
+def write(run_dir: RunDir, settings: RunSettings) -> Path:
     from nanochat_ray.report.markdown import write_report
 
-    return write_report(job.run_dir.root, price_per_hour=job.settings.price_per_hour)
+    return write_report(run_dir.root, price_per_hour=settings.price_per_hour)
 
 
 def cli() -> None:
+    """Takes no lease, so that a run can be looked at while it trains; the files are replaced whole."""
     settings = read_flags(__doc__ or "", [Section("run", RunSettings())]).settings(RunSettings)
-    with open_job(settings, existing_run(settings.storage, settings.model_tag)) as job:
-        print(run(job))
+    print(write(RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag)), settings))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.report.environment import Environment, cost, describe_environment
-from nanochat_ray.report.metrics_log import read_metrics
+from nanochat_ray.report.metrics_log import WATCH_FILE, read_lines, read_watch, without_undone
 from nanochat_ray.report.plots import draw_plots
 from nanochat_ray.report.records import Scalar, StageRecord, read_result
+from nanochat_ray.report.training import TrainingSummary, summarise
 from nanochat_ray.run_dir import CONFIG_FILE, DONE_FILE, METRICS_FILE, RESULT_FILE, STAGES, write_atomic
 
 REPORT_STAGE = "report"
@@ -37,6 +38,8 @@ class Stage:
     record: StageRecord | None
     problem: str | None  # why there is no record
     plots: Sequence[Path]
+    training: TrainingSummary | None = None
+    watched: Sequence[Mapping[str, Any]] = ()  # evaluations of its checkpoints by a job of their own
 
 
 def write_report(
@@ -60,6 +63,7 @@ def write_report(
         f"Made {made_at or time.strftime('%Y-%m-%d %H:%M:%S %z')} from the records in `{run_folder}`.",
         _summary([stage.record for stage in stages if stage.record]),
         _times(stages, price_per_hour),
+        _training(stages),
         _skipped(stages),
         _environment(environment or describe_environment()),
         *[_section(stage) for stage in stages],
@@ -83,8 +87,11 @@ def _read_stage(folder: Path, out: Path) -> Stage:
         problem = "No record yet: the stage has not come to its end."
     except ValueError as error:
         problem = f"The record cannot be read: {error}"
-    plots = draw_plots(read_metrics(folder / METRICS_FILE), out, prefix=f"{folder.name}_")
-    return Stage(folder.name, (folder / DONE_FILE).exists(), record, problem, plots)
+    written = read_lines(folder / METRICS_FILE)
+    watched = read_watch(folder / WATCH_FILE)
+    plots = draw_plots([*without_undone(written), *watched], out, prefix=f"{folder.name}_")
+    done = (folder / DONE_FILE).exists()
+    return Stage(folder.name, done, record, problem, plots, summarise(written), watched)
 
 
 def _order(stage: Stage) -> tuple[int, str, str]:
@@ -175,6 +182,27 @@ def _times(stages: Sequence[Stage], price_per_hour: float | None) -> str:
     return f"## Time\n\n{_table(columns, body)}{note}"
 
 
+def _training(stages: Sequence[Stage]) -> str:
+    """How the training stages went, one column each."""
+    trained = {stage.name: stage.training for stage in stages if stage.training}
+    rows: list[list[str]] = []
+    for label, field, form in (
+        ("steps", "steps", "{:,}"), ("tokens per second", "tok_per_sec", "{:,.0f}"), ("MFU", "mfu", "{:.2f} %"),
+        ("waiting for data", "data_wait_frac", "{:.2%}"),
+        ("waiting for checkpoints", "checkpoint_stall_frac", "{:.2%}"),
+        ("gradient norm, median", "grad_norm", "{:.4f}"), ("gradient norm, largest", "grad_norm_max", "{:.4f}"),
+        ("tokens read but not trained on", "waste_frac", "{:.2%}"), ("starts", "starts", "{:,}"),
+        ("steps done again after a restart", "steps_again", "{:,}"),
+    ):  # fmt: skip
+        values = [getattr(training, field) for training in trained.values()]
+        if any(value is not None for value in values):
+            rows.append([label, *[ABSENT if value is None else form.format(value) for value in values]])
+    if not trained:
+        return ""
+    note = "Rates are medians, waits are shares of the steps' time, both without the first steps of each start."
+    return f"## Training\n\n{_table(['', *trained], rows)}\n\n{note}"
+
+
 def _skipped(stages: Sequence[Stage]) -> str:
     lines = [
         f"- {_text(stage.name)}: **{_text(item.name)}**: {_text(item.reason)}"
@@ -213,6 +241,8 @@ def _section(stage: Stage) -> str:
     if stage.plots:
         pictures = [f'<img src="{path.name}" alt="{path.stem}" width="49%">' for path in stage.plots]
         parts.append("\n".join(pictures))
+    if stage.watched:
+        parts.append(f"### Checkpoints, evaluated beside the training\n\n{_watched(stage.watched)}")
     if record:
         for title, table in record.tables.items():
             rows = [[_value(name, cell) for name, cell in zip(table.columns, row, strict=False)] for row in table.rows]
@@ -226,6 +256,14 @@ def _section(stage: Stage) -> str:
             hashes = _table(["", "hash"], list(record.hashes.items()), numbers=False)
             parts.append(_folded("Hashes of the inputs", hashes))
     return "\n\n".join(parts)
+
+
+def _watched(records: Sequence[Mapping[str, Any]]) -> str:
+    names = [name for name in ("train/bpb", "val/bpb", "core_metric") if any(name in record for record in records)]
+    core = next((record["core_metric_name"] for record in records if "core_metric_name" in record), "CORE")
+    columns = ["step", *[core if name == "core_metric" else name for name in names]]
+    body = [[record["step"], *[_value(name, record.get(name)) for name in names]] for record in records]
+    return _table(columns, body)
 
 
 # --- text --------------------------------------------------------------------------------------------------------

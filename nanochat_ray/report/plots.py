@@ -1,4 +1,4 @@
-"""PNG plots of a stage's metrics.jsonl: loss, bits per byte, learning rate, throughput. Only what has data is drawn."""
+"""PNG plots of a stage's records: loss, bits per byte, CORE, rates, waits. Only what has data is drawn."""
 
 from __future__ import annotations
 
@@ -27,20 +27,28 @@ class Plot:
 PLOTS = (
     Plot("loss", "loss (nats per token)", {"train/loss_step": "one step", "train/loss": "moving average"}),
     Plot("bpb", "bits per byte", {"train/bpb": "train", "val/bpb": "validation"}, of_train_steps=False),
+    Plot("core", "CORE metric", {"core_metric": "CORE"}, of_train_steps=False),
     Plot("lr", "learning rate multiplier", {"train/lrm": "multiplier"}, from_zero=True),
+    Plot("grad_norm", "gradient norm", {"train/grad_norm": "gradient norm"}, from_zero=True),
     Plot("throughput", "tokens per second", {"train/tok_per_sec": "tokens per second"}, from_zero=True),
+    Plot("waits", "seconds per step",
+         {"train/data_wait_s": "for data", "train/checkpoint_stall_s": "for a checkpoint"}, from_zero=True),
 )
 
 
 def draw_plots(records: Sequence[Mapping[str, Any]], folder: Path, prefix: str = "") -> list[Path]:
-    """Write `<prefix><name>.png` into `folder` for each plot that has numbers; returns their paths in order."""
+    """Write `<prefix><name>.png` into `folder` for each plot that has numbers; returns their paths in order.
+
+    Where two records give a number for the same step, the first one is drawn.
+    """
     written = []
     for plot in PLOTS:
         series = {}
         for key, legend in plot.series.items():
-            points = [(r["step"], r[key]) for r in records if is_train_step(r) == plot.of_train_steps and _has(r, key)]
+            of_kind = [r for r in records if is_train_step(r) == plot.of_train_steps and _has(r, key)]
+            points = {r["step"]: r[key] for r in reversed(of_kind)}
             if points:
-                series[legend] = points
+                series[legend] = sorted(points.items())
         if series:
             path = folder / f"{prefix}{plot.name}.png"
             write_atomic(path, _png(plot, series))

@@ -23,13 +23,41 @@ MAX_LINE_INTERVAL_S = 60.0
 LINES_PER_E_FOLD = 50  # lines while the elapsed time grows by a factor e
 
 
+class Waits:
+    """What the training waited for, as shares of the steps' own time since the last time that this was shown."""
+
+    SHOWN = (("train/data_wait_s", "data wait"), ("train/checkpoint_stall_s", "checkpoint stall"))
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._sums = dict.fromkeys(("train/dt", *(name for name, _ in self.SHOWN)), 0.0)
+        self._seen: set[str] = set()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        for name in self._sums:
+            if metrics.get(name) is not None:
+                self._sums[name] += metrics[name]
+                self._seen.add(name)
+
+    def shares(self) -> dict[str, float]:
+        """Label -> share of 1; a checkpoint stall only where there was one."""
+        steps_s = self._sums["train/dt"]
+        return {
+            label: self._sums[name] / steps_s for name, label in self.SHOWN
+            if steps_s > 0 and name in self._seen and (self._sums[name] > 0 or name == "train/data_wait_s")
+        }  # fmt: skip
+
+
 def step_line(
-    step: int, total: int | None, metrics: Mapping[str, Any], done_frac: float | None = None, eta_s: float | None = None
+    step: int, total: int | None, metrics: Mapping[str, Any], done_frac: float | None = None,
+    eta_s: float | None = None, waits: Mapping[str, float] = {},
 ) -> str:
     """One line on a training step, from the tracker's names; what is missing is left out (SPEC 1, 11.3).
 
     Units of `metrics`: train/loss nats, train/dt and total_training_time seconds, train/mfu percent. `done_frac` is
-    the share of the stage that is done where `total`, its steps, is not known.
+    the share of the stage that is done where `total`, its steps, is not known; `waits` are shares of the steps' time.
     """
     if total:
         done_frac = step / total
@@ -41,9 +69,12 @@ def step_line(
         ("train/dt", "dt", ".2f", "ms", 1000),
         ("train/tok_per_sec", "tok/sec", ",.0f", "", 1),
         ("train/mfu", "bf16_mfu", ".2f", "", 1),
+        ("train/grad_norm", "grad norm", ".3f", "", 1),
+        ("data/waste_frac", "waste", ".2f", "%", 100),
     ):
         if metrics.get(name) is not None:
             parts.append(f"{label}: {metrics[name] * scale:{form}}{unit}")
+    parts += [f"{label}: {100 * frac:.1f}%" for label, frac in waits.items()]
     place = [f"{name}: {metrics[f'train/{name}']}" for name in ("epoch", "item", "row") if f"train/{name}" in metrics]
     if place:
         parts.append(" ".join(place))
@@ -89,6 +120,7 @@ class Progress:
         self._first: tuple[float, float] | None = None  # time and share done at the first update
         self._last_line_s: float | None = None
         self._pending: str | None = None  # the newest line not shown
+        self._waits = Waits()
         self._bar: Any = None
         if self._stream.isatty():
             from tqdm import tqdm
@@ -103,7 +135,9 @@ class Progress:
         if not is_train_step(metrics):
             for line in evaluation_lines(step, metrics):
                 self.write(line)
-        elif self._bar is not None:
+            return
+        self._waits.add(metrics)
+        if self._bar is not None:
             self._update_bar(step, metrics)
         else:
             self._update_log(step, metrics)
@@ -143,6 +177,7 @@ class Progress:
         shown = {"loss": f"{metrics['train/loss']:.4f}"}
         if metrics.get("train/tok_per_sec") is not None:
             shown["tok/s"] = f"{metrics['train/tok_per_sec']:,.0f}"
+        shown |= {label: f"{100 * frac:.1f}%" for label, frac in self._waits.shares().items()}
         if self._bar.n == 0 and step > 0:  # resumed: the steps before are not part of the rate
             self._bar.initial = self._bar.n = step
         self._bar.set_postfix(shown, refresh=False)
@@ -154,12 +189,13 @@ class Progress:
             self._first = (now, done or 0.0)
         elapsed_s, gained = now - self._first[0], (done or 0.0) - self._first[1]
         eta_s = elapsed_s * (1 - done) / gained if done is not None and gained > 0 else None
-        line = step_line(step, self._total, metrics, done, eta_s)
+        line = step_line(step, self._total, metrics, done, eta_s, self._waits.shares())
         interval_s = min(max(elapsed_s / LINES_PER_E_FOLD, MIN_LINE_INTERVAL_S), MAX_LINE_INTERVAL_S)
         if self._last_line_s is not None and now - self._last_line_s < interval_s:
             self._pending = line
             return
         self._last_line_s, self._pending = now, None
+        self._waits.clear()
         self.write(line)
 
 

@@ -69,6 +69,12 @@ class EvalSpec:
     world_folder: Path | None = None
     device_batch_size: int = 32
 
+    @property
+    def name(self) -> str:
+        """For people: `evaluate d12 pretrain step 2000`."""
+        stage = self.checkpoints.parent
+        return f"evaluate {stage.parent.name} {stage.name} step {self.step}"
+
 
 @dataclass(frozen=True)
 class CoreUnit:

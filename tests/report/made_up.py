@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from nanochat_ray.report.environment import Environment
-from nanochat_ray.report.metrics_log import MetricsLog
+from nanochat_ray.report.metrics_log import WATCH_FILE, MetricsLog
 from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, write_result
 from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE
 
@@ -32,6 +32,8 @@ def write_training(folder: Path, steps: int, eval_every: int) -> None:
             "step": step, "val/bpb": bpb, "train/loss": loss, "train/loss_step": loss + 0.2 * math.sin(step * 1.7),
             "train/lrm": min(1.0, step / 40, (steps - step) / steps / 0.65), "train/dt": 0.12,
             "train/tok_per_sec": 68_000 + 3_000 * math.sin(step), "train/mfu": 0.0 / 1.0 if step else math.nan,
+            "train/grad_norm": 1 + loss, "train/data_wait_s": 0.0006, "train/checkpoint_stall_s": 0.12 * (step == 20),
+            "data/waste_frac": 0.031,
         })
     log.close()
 
@@ -41,6 +43,10 @@ def make_run(root: Path) -> Path:
     config = {"run": {"data": None, "model_tag": "d4"}, "pretrain": {"depth": 4, "matrix_lr": 0.02, "seed": 42}}
     write_training(run / "pretrain", 400, 50)
     write_training(run / "sft", 120, 60)
+    watch = MetricsLog(run / "pretrain" / WATCH_FILE)
+    for step, core in ((100, 0.05), (200, 0.125)):
+        watch.append({"step": step, "val/bpb": 1 / step, "core_metric": core, "core_metric_name": "CORE20"})
+    watch.close()
     records = [
         StageRecord(
             "tokenizer", "2026-11-20T10:00:00+0000", 4.25,

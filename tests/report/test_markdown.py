@@ -35,7 +35,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_every_stage_appears_in_order_and_an_unknown_one_last(report):
     titles = re.findall(r"^## (.*)$", report, re.M)
     stages = ["tokenizer", "pretrain", "base_eval", "sft", "chat_eval", "distil"]
-    assert titles == ["Summary", "Time", "Left out", "Machine", *stages]
+    assert titles == ["Summary", "Time", "Training", "Left out", "Machine", *stages]
     assert "notes" not in report
 
 
@@ -60,6 +60,22 @@ def test_times_add_up_and_cost_what_they_should(report):
     assert times["**total**"][-1] == f"**${24 * seconds / 3600:.2f}**" and times["**total**"][2] == "**1 h 10 min**"
 
 
+def test_the_training_stages_say_how_they_went(report):
+    training = rows(section(report, "Training"))
+    assert training[""] == ["pretrain", "sft"]
+    assert training["steps"] == ["400", "120"] and training["starts"] == ["1", "1"]
+    assert training["waiting for data"] == ["0.50%", "0.50%"]
+    assert training["waiting for checkpoints"] == [f"{1 / 390:.2%}", f"{1 / 110:.2%}"]
+    assert training["tokens read but not trained on"] == ["3.10%", "3.10%"]
+    assert float(training["gradient norm, largest"][0]) == pytest.approx(9, abs=0.01)
+
+
+def test_what_a_watching_job_found_stands_with_its_stage(report):
+    text = section(report, "pretrain")
+    assert rows(text)["200"] == ["0.0050", "0.1250"] and "| step | val/bpb | CORE20 |" in text
+    assert "evaluated beside" not in section(report, "sft")
+
+
 def test_what_was_left_out_has_its_reason(report):
     assert "- chat_eval: **HumanEval**: needs a sandbox" in section(report, "Left out")
 
@@ -67,7 +83,9 @@ def test_what_was_left_out_has_its_reason(report):
 def test_plots_lie_beside_the_report_where_there_was_something_to_draw(run, report):
     for stage in ("pretrain", "sft"):
         names = re.findall(r'<img src="([^"]+)"', section(report, stage))
-        assert names == [f"{stage}_{name}.png" for name in ("loss", "bpb", "lr", "throughput")]
+        core = ["core"] if stage == "pretrain" else []  # only the watching job has evaluated it
+        drawn = ["loss", "bpb", *core, "lr", "grad_norm", "throughput", "waits"]
+        assert names == [f"{stage}_{name}.png" for name in drawn]
         assert all((run / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
     assert "<img" not in section(report, "base_eval")
 
@@ -94,7 +112,7 @@ def test_the_machine_is_described(report):
 
 def test_a_second_report_replaces_the_first_and_is_the_same(tmp_path):
     run = make_run(tmp_path)
-    for log in run.glob("*/metrics.jsonl"):
+    for log in run.glob("*/*.jsonl"):
         log.unlink()  # drawing takes long and is tested above
     first = write_report(run, ENVIRONMENT, None, MADE_AT).read_text()
     assert write_report(run, ENVIRONMENT, None, MADE_AT).read_text() == first

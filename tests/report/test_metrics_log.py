@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from nanochat_ray.report.metrics_log import MetricsLog, read_metrics
+from nanochat_ray.report import metrics_log
+from nanochat_ray.report.metrics_log import LineReader, MetricsLog, read_metrics, read_watch
 
 
 def train(step: int, **more: float) -> dict:
@@ -78,3 +79,31 @@ def test_other_json_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('[1]\n\n3\n{"no": "step"}\n')
     assert read_metrics(path) == [{"no": "step"}]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 50, 2**20])
+def test_a_reader_has_each_whole_line_once_whatever_its_chunks(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(metrics_log, "CHUNK_BYTES", chunk_bytes)
+    path, found = tmp_path / "metrics.jsonl", []
+    assert LineReader(path).read() == []
+    write(path, *[train(step) for step in range(20)])
+    whole = path.read_bytes()
+    reader = LineReader(path)
+    for cut in (30, 31, 200, len(whole) - 1, len(whole)):  # as a writer that is slow
+        path.write_bytes(whole[:cut])
+        while news := reader.read():
+            found += news
+    assert found == [train(step) for step in range(20)]
+    assert LineReader(path, reader.position).read() == []  # which can be stored
+    write(path, train(20))
+    assert LineReader(path, reader.position).read() == [train(20)]
+    path.write_text("")
+    write(path, train(3))
+    assert reader.read() == [train(3)]  # the file was made anew
+
+
+def test_of_two_evaluations_of_a_step_the_later_counts(tmp_path):
+    path = tmp_path / "watch.jsonl"
+    assert read_watch(path) == []
+    write(path, {"step": 4, "a": 1}, {"step": 2, "a": 1}, {"step": 4, "a": 2}, {"no": "step"})
+    assert read_watch(path) == [{"step": 2, "a": 1}, {"step": 4, "a": 2}]

@@ -35,6 +35,20 @@ def test_the_step_line_has_the_fields_of_the_reference_in_order():
     )
 
 
+def test_the_line_says_what_training_waited_for_since_the_last_one():
+    stream, clock = io.StringIO(), FakeClock()
+    step = {"train/loss": 1.0, "train/dt": 0.5, "train/grad_norm": 0.25, "data/waste_frac": 0.031}
+    with Progress(100, "x", stream=stream, clock=clock) as progress:
+        for number in range(6):
+            clock.now += 0.5
+            stall = {"train/checkpoint_stall_s": 0.05 if number == 2 else 0.0}
+            progress.update(number, step | {"train/data_wait_s": 0.01} | stall)
+    first, *_, last = stream.getvalue().splitlines()
+    assert first.endswith("| grad norm: 0.250 | waste: 3.10% | data wait: 2.0%")
+    assert "data wait: 2.0%" in last
+    assert "checkpoint stall: 2.5%" in stream.getvalue()  # over the four steps since the first line
+
+
 def test_missing_numbers_are_left_out():
     assert step_line(7, None, {"train/loss": 1.0, "train/mfu": None}) == "step 00007 | loss: 1.000000"
     assert step_line(7, None, {"train/loss": 1.0}, done_frac=0.25) == "step 00007 (25.00%) | loss: 1.000000"
