@@ -157,6 +157,54 @@ def test_packing_depends_on_its_documents_alone() -> None:
     assert pack_documents([], 129).counts == pack_stream([], 129).counts == PackCounts(barren_items=1)
 
 
+# ---- one stream
+
+
+@given(lengths=doc_lengths, capacity=st.integers(2, 70))
+def test_a_stream_trains_on_every_token_once(lengths: list[int], capacity: int) -> None:
+    """Put in order, the rows are the documents one after another; neighbours share one token; the tail is left."""
+    docs = documents(lengths)
+    packed = pack_stream(docs, capacity)
+    stream = np.concatenate([*(doc for doc in docs if len(doc) > 1), np.zeros(0, dtype=np.uint16)])
+    n_targets = capacity - 1
+    n_rows = max(0, len(stream) - 1) // n_targets
+    assert packed.tokens.shape == (n_rows, capacity) and packed.tokens.dtype == np.uint16 and packed.mask is None
+    wanted = [stream[k * n_targets : k * n_targets + capacity].tolist() for k in range(n_rows)]
+    assert sorted(packed.tokens.tolist()) == sorted(wanted)
+    targets = Counter(packed.tokens[:, 1:].ravel().tolist())
+    assert targets == Counter(stream[1 : n_rows * n_targets + 1].tolist())
+    counts = packed.counts
+    assert (counts.documents, counts.empty) == (len(docs), lengths.count(1))
+    assert counts.overlong == sum(length > capacity for length in lengths)
+    assert counts.tokens_read == sum(lengths) and counts.tokens_beyond_row == 0
+    assert counts.tokens_used == (n_rows * n_targets + 1 if n_rows else 0)
+    assert counts.tokens_read - counts.empty - counts.tokens_used <= n_targets
+    assert counts.barren_items == (n_rows == 0)
+
+
+def test_a_long_document_is_cut_in_best_fit_and_not_in_a_stream() -> None:
+    docs = documents([10_000])
+    assert pack_documents(docs, 101).counts.waste_frac == pytest.approx(0.9899)
+    assert pack_stream(docs, 101).counts.waste_frac == pytest.approx(0.0099 - 0.0001, abs=1e-3)
+    rows = pack_stream(docs, 101).tokens
+    assert not (np.diff(rows[:, 1].astype(int)) > 0).all()  # shuffled
+    assert np.array_equal(rows, pack_stream(documents([10_000]), 101).tokens)
+
+
+# ---- counts
+
+
+counts_of = st.builds(PackCounts, *[st.integers(0, 10**12)] * 7)
+
+
+@given(counts=counts_of, n_rows=st.integers(1, 500), cuts=st.lists(st.integers(0, 500)))
+def test_shares_of_counts_add_up(counts: PackCounts, n_rows: int, cuts: list[int]) -> None:
+    edges = sorted({0, n_rows, *(cut for cut in cuts if cut < n_rows)})
+    parts = [counts.share(a, b, n_rows) for a, b in pairwise(edges)]
+    assert sum(parts, PackCounts()) == counts
+    assert counts.share(0, 0, 0) == counts
+
+
 # ---- the reference loader
 
 
@@ -237,19 +285,21 @@ def test_rows_that_train_nothing_are_left_out_but_counted() -> None:
 
 def stream(sizes: list[int], cuts: list[int], masked: bool) -> tuple[list[RowBlock], np.ndarray]:
     """Items of the given numbers of rows, as blocks cut further at multiples of `cuts`; and all rows in order."""
-    blocks, everything, number = [], [], 0
+    blocks: list[RowBlock] = []
+    everything, number = [], 0
     for item, size in enumerate(sizes):
         tokens = np.arange(number, number + size, dtype=np.uint16)[:, None].repeat(3, axis=1)  # (n, T+1)
         mask = tokens % 2 == 1 if masked else None
         progress = (item + np.arange(1, size + 1) / max(size, 1)) / len(sizes)
+        counts = PackCounts(documents=1 + 7 * item, tokens_read=3 * size + item, tokens_used=3 * size)
         everything.append(tokens)
         number += size
         edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
         for a, b in pairwise(edges):
             part = PackedRows(tokens[a:b], None if mask is None else mask[a:b])
-            blocks.append(RowBlock(part, Cursor(0, item, a), progress[a:b]))
+            blocks.append(RowBlock(part, Cursor(0, item, a), progress[a:b], counts, size))
         if size == 0:
-            blocks.append(RowBlock(PackedRows(tokens), Cursor(0, item, 0), progress))
+            blocks.append(RowBlock(PackedRows(tokens), Cursor(0, item, 0), progress, counts))
     return blocks, np.concatenate([*everything, np.zeros((0, 3), dtype=np.uint16)])
 
 
@@ -266,13 +316,18 @@ def test_steps_are_the_stream_cut_evenly(sizes: list[int], cuts: list[int], rows
     for k, (step, same) in enumerate(zip(steps, cut_steps(whole, rows_per_step), strict=True)):
         end = (k + 1) * rows_per_step
         assert np.array_equal(step.rows.tokens, rows[k * rows_per_step : end])
-        assert (step.cursor, step.progress) == (same.cursor, same.progress)
+        assert (step.cursor, step.progress, step.counts) == (same.cursor, same.progress, same.counts)
         assert step.rows.mask is None or np.array_equal(step.rows.mask, step.rows.tokens % 2 == 1)
         # the cursor names the place behind the step's last row
         rest = [row for block in whole if block.cursor.item == step.cursor.item for row in block.rows.tokens]
         later = [row for block in whole if block.cursor.item > step.cursor.item for row in block.rows.tokens]
         assert np.array_equal([*rest[step.cursor.row :], *later], rows[end:]) or end >= len(rows)
     assert steps == [] or steps[-1].progress <= 1
+    counted = sum((step.counts for step in steps), PackCounts())
+    every = [PackCounts(1 + 7 * k, tokens_read=3 * n + k, tokens_used=3 * n) for k, n in enumerate(sizes)]
+    filled = max((k for k, n in enumerate(sizes) if n), default=-1)  # items behind it come too late for the last step
+    short = len(steps) > 0 and len(steps[-1].rows) < rows_per_step
+    assert counted == sum(every if short else every[: filled + 1], PackCounts())
 
 
 @given(sizes=item_sizes, rows_per_step=st.integers(1, 12), masked=st.booleans())
@@ -280,12 +335,12 @@ def test_any_number_of_ranks_trains_on_the_same_rows(sizes: list[int], rows_per_
     blocks, _ = stream(sizes, [], masked)
     alone = list(step_batches(blocks, rows_per_step, start_step=5))
     assert [batch.step for batch in alone] == list(range(5, 5 + len(alone)))
-    for world_size in (1, 2, 3, 8):
+    for world_size in (1, 2, 3, 4, 8):
         ranks = [list(step_batches(blocks, rows_per_step, rank, world_size, 5)) for rank in range(world_size)]
         for together, parts in zip(alone, zip(*ranks, strict=True), strict=True):
             assert np.array_equal(np.concatenate([part.tokens for part in parts]), together.tokens)
-            assert {(p.step, p.cursor, p.progress) for p in (*parts, together)} == {
-                (together.step, together.cursor, together.progress)
+            assert {(p.step, p.cursor, p.progress, p.counts) for p in (*parts, together)} == {
+                (together.step, together.cursor, together.progress, together.counts)
             }
             assert max(len(p.tokens) for p in parts) - min(len(p.tokens) for p in parts) <= 1
             assert masks(parts) == masks((together,))
