@@ -114,7 +114,7 @@ def run_loop(
     def save() -> None:
         optimizer_state = optimizer.state_by_name()  # a collective: every rank takes part
         tensors = model_tensors(model) if rank0 else {}
-        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, plan, state)))
+        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, plan, state, world)))
 
     with QuietGarbageCollector() as garbage:
         while True:
@@ -185,7 +185,7 @@ def compile_wanted(setting: bool | None, world: World) -> bool:
     return world.device.startswith("cuda") if setting is None else setting
 
 
-def checkpoint_meta(job: PretrainJob, plan: Plan, state: LoopState) -> dict[str, Any]:
+def checkpoint_meta(job: PretrainJob, plan: Plan, state: LoopState, world: World) -> dict[str, Any]:
     """The metadata of a checkpoint; the same schema for every source."""
     return {
         "source": "base",
@@ -195,6 +195,7 @@ def checkpoint_meta(job: PretrainJob, plan: Plan, state: LoopState) -> dict[str,
         "num_iterations": plan.num_iterations,
         "val_bpb": state.val_bpb,
         "data_hash": job.manifest.hash,
+        "world_size": world.world_size,
         "loop": state.to_json(),
     }
 

@@ -142,7 +142,7 @@ def run_loop(
     def save() -> None:
         optimizer_state = optimizer.state_by_name()  # a collective: every rank takes part
         tensors = model_tensors(model) if rank0 else {}
-        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, base, state)))
+        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, base, state, world)))
 
     with QuietGarbageCollector() as garbage:
         while True:
@@ -211,7 +211,7 @@ def schedule_progress(settings: SFTSettings, step: int, data_progress: float) ->
     return min(1.0, data_progress / settings.num_epochs)
 
 
-def checkpoint_meta(job: SFTJob, base: Checkpoint, state: LoopState) -> dict[str, Any]:
+def checkpoint_meta(job: SFTJob, base: Checkpoint, state: LoopState, world: World) -> dict[str, Any]:
     """The metadata of a checkpoint; `model_config` stays pretraining's, since the windows derive from its length."""
     return {
         "source": "sft",
@@ -220,6 +220,7 @@ def checkpoint_meta(job: SFTJob, base: Checkpoint, state: LoopState) -> dict[str
         "base_model": base.model_hash,
         "total_batch_size": job.settings.total_batch_size,
         "val_bpb": state.val_bpb,
+        "world_size": world.world_size,
         "loop": state.to_json(),
     }
 

@@ -103,7 +103,8 @@ class Launch:
             if time.monotonic() - looked < min(GROW_EVERY_S, hang_s):
                 continue
             looked = time.monotonic()
-            if self.count < workers.at_most and not stop_file.exists() and room_for_more(workers, self.count):
+            wanted = self.count < workers.at_most and stop_file.parent.is_dir() and not stop_file.exists()
+            if wanted and room_for_more(workers, self.count):
                 logger.warning("%s: room for more than %d workers; saving to go on with them",
                                self.job.stage_folder.name, self.count)
                 stop_file.write_text(RESIZE)
@@ -128,6 +129,7 @@ def fit(
     ClusterError when there is no room, or when `max_restarts` launches in a row have reached no new checkpoint.
     """
     stage, stop_file = job.stage_folder.name, job.stage_folder / STOP_FILE
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, patience.hang_s)))
     launches = failures = 0
     while True:
         saved = newest_step(job)

@@ -70,7 +70,7 @@ def wait_for_room(
         if time.monotonic() - begun > wait_s:
             raise ClusterError(
                 f"{what} waited {wait_s:.0f} s for {workers.need(workers.at_least)}; the cluster has {_total()}, "
-                f"free are {_free()}. Lower --workers, give --workers MIN:MAX, or add machines; --wait-s sets the deadline."
+                f"free are {_free()}. Lower --workers, give MIN:MAX, or add machines; --wait-s sets the deadline."
             )
 
 
@@ -95,19 +95,27 @@ def fits(workers: Workers, count: int, timeout_s: float) -> bool:
 
 
 def room_for_more(workers: Workers, count: int) -> bool:
-    """Whether one more worker than the running `count` could be placed beside them now."""
+    """Whether one more worker than the running `count` could be placed beside them now.
+
+    The packing processes may be between two of their turns and hold nothing, so the totals count too.
+    """
+    if count >= workers.at_most or not _enough_in_total(workers, count + 1):
+        return False
     group: PlacementGroup = placement_group([workers.resources_each])
     try:
-        return count < workers.at_most and group.wait(TRY_S)
+        return group.wait(TRY_S)
     finally:
         remove_placement_group(group)
 
 
-def _refuse_if_too_small(workers: Workers, what: str) -> None:
+def _enough_in_total(workers: Workers, count: int) -> bool:
     have = ray.cluster_resources()
-    cpus = workers.at_least * workers.cpus_each + workers.data_actors
-    gpus = workers.at_least if workers.use_gpu else 0
-    if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
+    enough_gpus = not workers.use_gpu or have.get("GPU", 0) >= count
+    return enough_gpus and have.get("CPU", 0) >= count * workers.cpus_each + workers.data_actors
+
+
+def _refuse_if_too_small(workers: Workers, what: str) -> None:
+    if not _enough_in_total(workers, workers.at_least):
         raise ClusterError(
             f"{what} needs {workers.need(workers.at_least)}, the cluster has {_total()}. Lower --workers, or start Ray "
             "with more (ray start --head --num-cpus N)."

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
 
@@ -15,10 +16,10 @@ def environment(storage: Path, **changes: str) -> dict[str, str]:
     return env | {"NANOCHAT_BASE_DIR": str(storage), "NANOCHAT_RAY_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | changes
 
 
-def start(storage: Path, job: str, *flags: str, **env: str) -> subprocess.Popen:
+def start(storage: Path, job: str, *flags: str, stdout: int | IO[str] = subprocess.PIPE, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(JOBS / job), *flags], cwd=storage, env=environment(storage, **env),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, text=True,
     )
 
 

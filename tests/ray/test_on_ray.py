@@ -158,12 +158,13 @@ def test_waiting_for_room_is_said_and_ends(monkeypatch, caplog):
     monkeypatch.setattr(room, "SAY_EVERY_S", 1.0)
     monkeypatch.setattr(room, "FULL_SIZE_FIRST_S", 0.5)
     monkeypatch.setattr(room, "TRY_S", 0.5)
-    with pytest.raises(ClusterError, match=r"waited 4 s for 9 CPU.*--workers MIN:MAX"):
+    with pytest.raises(ClusterError, match=r"waited 4 s for 9 CPU.*give MIN:MAX"):
         room.wait_for_room(room.Workers(8, 9), "pretrain", 4, can_grow=True, stopped=lambda: False)
     assert "waiting for room: needs 9 CPU" in caplog.text and "of at most 4 s" in caplog.text
-    monkeypatch.undo()
+    monkeypatch.setattr(room, "TRY_S", 2.0)
     asked = iter([False, True])
     assert room.wait_for_room(room.Workers(8, 8), "pretrain", 60, can_grow=True, stopped=lambda: next(asked)) is None
     assert room.wait_for_room(room.Workers(1, 9), "pretrain", 60, can_grow=True, stopped=lambda: False) == 3
+    assert room.room_for_more(room.Workers(1, 3), 2)
     assert not room.room_for_more(room.Workers(1, 3), 3)
-    assert room.room_for_more(room.Workers(1, 4), 3)
+    assert not room.room_for_more(room.Workers(1, 4), 3)  # the fourth CPU is for packing
