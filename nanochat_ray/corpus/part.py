@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from nanochat_ray.corpus.source import DownloadError, Version
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 LOCK_POLL_S = 0.2
 LOCK_WAIT_S = 1800.0  # for another process that fetches the same file
 
