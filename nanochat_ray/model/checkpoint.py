@@ -79,7 +79,7 @@ class Checkpoint:
         """A run that goes on removes its older checkpoints, also while somebody reads one."""
         try:
             yield
-        except (OSError, SafetensorError, CorruptCheckpointError) as error:
+        except (OSError, RuntimeError, SafetensorError, CorruptCheckpointError) as error:  # RuntimeError: torch's mmap
             if self.folder.exists():
                 raise
             raise FileNotFoundError(
@@ -402,14 +402,14 @@ def _whole_steps(root: Path) -> list[int]:
 
 def _looks_whole(folder: Path) -> bool:
     try:
-        wanted = {name: entry["bytes"] for name, entry in _parse_manifest(_read(folder / MANIFEST_FILE)).items()}
+        manifest = _parse_manifest(_read(folder / MANIFEST_FILE), folder)
         if (remote := Remote.of(folder)) is not None:
             sizes = {name: entry.size_bytes for name, entry in remote.listing(folder).items()}
         else:
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError, CorruptCheckpointError):
         return False
-    return all(sizes.get(name) == size for name, size in wanted.items())
+    return all(sizes.get(name) == entry["bytes"] for name, entry in manifest.items())
 
 
 def _read(path: Path) -> bytes:
@@ -423,19 +423,21 @@ def _read(path: Path) -> bytes:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    return _parse_manifest((folder / MANIFEST_FILE).read_bytes())
+    return _parse_manifest((folder / MANIFEST_FILE).read_bytes(), folder)
 
 
-def _parse_manifest(data: bytes) -> dict[str, dict[str, Any]]:
+def _parse_manifest(data: bytes, folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"bytes", "sha256"}; CorruptCheckpointError unless it lists plain names, weights and meta among them."""
     try:
         files = json.loads(data)["files"]
         plain = all(name == Path(name).name and name not in ("", "..") for name in files)
         full = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in files.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"the manifest cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(f"the manifest of {folder} cannot be read: {error!r}") from error
     if not (plain and full and {MODEL_FILE, META_FILE} <= files.keys()):
-        raise CorruptCheckpointError(f"the manifest lists {sorted(files)[:5]}; it needs {MODEL_FILE} and {META_FILE}")
+        raise CorruptCheckpointError(
+            f"the manifest of {folder} lists {sorted(files)[:5]}; it needs plain names, {MODEL_FILE} and {META_FILE}"
+        )
     return files
 
 
