@@ -40,7 +40,7 @@ def quantise(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Quantised:
         amax = torch.linalg.vector_norm(x, torch.inf)
     else:
         amax = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
-    scale = (limit / amax.double().clamp(min=SMALLEST_AMAX)).float()
+    scale = limit / amax.float().clamp(min=SMALLEST_AMAX)
     values = (x.float() * scale).clamp(-limit, limit).to(dtype)
     return Quantised(values.contiguous(), scale.reciprocal())
 

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
@@ -89,6 +91,14 @@ def test_the_three_products_equal_plain_arithmetic_on_rounded_numbers(recipe, dt
     )
     for found, wanted in zip((y, dx, dweight), references, strict=True):
         assert distance(found, wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@given(st.lists(st.floats(2**-40, 2**40, width=32), min_size=1, max_size=50))
+def test_scales_are_those_of_double_precision(magnitudes):
+    """nanochat's rule divides in fp64 and rounds to fp32, which equals a division in fp32."""
+    amax = torch.tensor(magnitudes)
+    wanted = (448 / amax.double()).float()
+    torch.testing.assert_close(quantise(amax[:, None], E4M3, "rowwise").factor[:, 0], 1 / wanted, rtol=0, atol=0)
 
 
 @both_recipes
