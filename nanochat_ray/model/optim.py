@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,51 +24,60 @@ SMEAR_LR = 0.2  # of smear and backout, whatever the width or the batch
 REFERENCE_WIDTH = 768  # where the AdamW learning rates were tuned
 
 
-def build_optimizer(
-    model: GPT,
-    *,
-    unembedding_lr: float,
-    embedding_lr: float,
-    matrix_lr: float,
-    scalar_lr: float,
-    weight_decay: float,
-    batch_lr_scale: float = 1.0,
-    rank: int = 0,
-    world_size: int = 1,
-    muon_eq: bool = True,
-    muon_plus: bool = True,
-) -> MuonAdamW:
-    """The optimizer of a network, its parameters grouped by role; `weight_decay` is Muon's.
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates at the reference width and batch, Muon's weight decay, and its two switches."""
 
-    Learning rates are those of the reference width and batch. With world_size > 1 torch.distributed must be running.
-    """
+    unembedding_lr: float
+    embedding_lr: float
+    matrix_lr: float
+    scalar_lr: float
+    weight_decay: float
+    batch_lr_scale: float = 1.0
+    muon_eq: bool = True
+    muon_plus: bool = True
+
+
+def parameter_groups(model: GPT, rates: Rates) -> list[ParamGroup]:
+    """All parameters of a network, grouped by role, with their own learning rates."""
     named = dict(model.named_parameters())
     width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-    table_scale = width_scale * batch_lr_scale
+    table_scale = width_scale * rates.batch_lr_scale
+    scalar_lr = rates.scalar_lr * rates.batch_lr_scale
     groups: list[ParamGroup] = []
 
     def adamw(names: list[str], lr: float, betas: tuple[float, float], decay: float) -> None:
         groups.append(ParamGroup("adamw", names, [named[name] for name in names], lr, decay, betas))
 
-    adamw(["lm_head.weight"], unembedding_lr * table_scale, (0.8, 0.96), 0.01)
-    adamw(["transformer.wte.weight"], embedding_lr * table_scale, (0.8, 0.995), 0.001)
+    adamw(["lm_head.weight"], rates.unembedding_lr * table_scale, (0.8, 0.96), 0.01)
+    adamw(["transformer.wte.weight"], rates.embedding_lr * table_scale, (0.8, 0.995), 0.001)
     tables = [name for name in named if name.startswith("value_embeds.")]
-    adamw(tables, 0.5 * embedding_lr * table_scale, (0.8, 0.995), 0.01)
-    adamw(["resid_lambdas"], 0.01 * scalar_lr * batch_lr_scale, (0.8, 0.95), 0.05)
-    adamw(["x0_lambdas"], scalar_lr * batch_lr_scale, (0.96, 0.95), 0.0)
+    adamw(tables, 0.5 * rates.embedding_lr * table_scale, (0.8, 0.995), 0.01)
+    adamw(["resid_lambdas"], 0.01 * scalar_lr, (0.8, 0.95), 0.05)
+    adamw(["x0_lambdas"], scalar_lr, (0.96, 0.95), 0.0)
     adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], SMEAR_LR, (0.8, 0.95), 0.0)
 
     matrices = [name for name in named if name.startswith("transformer.h.")]
     for shape in sorted({tuple(named[name].shape) for name in matrices}):
         names = [name for name in matrices if tuple(named[name].shape) == shape]
         params = [named[name] for name in names]
-        groups.append(ParamGroup("muon", names, params, matrix_lr * batch_lr_scale, weight_decay))
+        groups.append(ParamGroup("muon", names, params, rates.matrix_lr * rates.batch_lr_scale, rates.weight_decay))
 
     grouped = [name for group in groups for name in group.names]
     assert sorted(grouped) == sorted(named), set(grouped) ^ set(named)
-    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
+    return groups
+
+
+def build_optimizer(model: GPT, *, rank: int = 0, world_size: int = 1, **rates: Any) -> MuonAdamW:
+    """The optimizer of a network; `rates` are the fields of `Rates`.
+
+    With world_size > 1 torch.distributed must be running.
+    """
+    chosen = Rates(**rates)
     return MuonAdamW(
-        groups, rank=rank, world_size=world_size, muon_eq=muon_eq, muon_plus=muon_plus, orthogonalize_dtype=dtype
+        parameter_groups(model, chosen), rank=rank, world_size=world_size, muon_eq=chosen.muon_eq,
+        muon_plus=chosen.muon_plus,
+        orthogonalize_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32,
     )
 
 

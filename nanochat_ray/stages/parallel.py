@@ -25,25 +25,12 @@ from torch import Tensor
 from nanochat_ray.messages import PackedBatch, World
 from nanochat_ray.model.checkpoint import load_weights
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.optim import MuonAdamW, build_optimizer
-from nanochat_ray.stages.step import micro_batches, sum_over_ranks
+from nanochat_ray.model.optim import MuonAdamW, Rates, build_optimizer
+from nanochat_ray.stages.ranks import sum_over_ranks
+from nanochat_ray.stages.staging import micro_batches
 
 STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
 INSTALL_DEEPSPEED = "pip install 'nanochat-ray[deepspeed]'"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates at the reference width and batch, and Muon's settings; see model/optim.py."""
-
-    unembedding_lr: float
-    embedding_lr: float
-    matrix_lr: float
-    scalar_lr: float
-    weight_decay: float
-    batch_lr_scale: float = 1.0
-    muon_eq: bool = True
-    muon_plus: bool = True
 
 
 def check_strategy(name: str, dtype: torch.dtype | None = None) -> None:
@@ -84,7 +71,8 @@ def build_strategy(
 
 
 class Strategy(ABC):
-    """Gradients and updates of one run. All ranks call each method together, `accumulate` then `update` once a step."""
+    """Gradients and updates of one run. All ranks call each method together; once a step `set_schedule`, `accumulate`
+    and `update`, in this order, since DeepSpeed runs Muon at the end of the last backward pass."""
 
     name: str
     optimizer_name: str
@@ -92,6 +80,10 @@ class Strategy(ABC):
 
     def __init__(self, model: GPT, world: World) -> None:
         self.model, self.world = model, world
+
+    @abstractmethod
+    def set_schedule(self, lr_multiplier: float, momentum: float, weight_decay: float) -> None:
+        """Set this step's learning rates, as multiples of the initial ones, and Muon's momentum and decay."""
 
     def accumulate(self, batch: PackedBatch, n_targets: int, device_batch_size: int) -> float:
         """Add the gradient of the step's mean loss; returns that loss over the targets of all ranks.
@@ -115,10 +107,6 @@ class Strategy(ABC):
     @abstractmethod
     def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
         """Add `weight` times the gradient of one micro-batch's summed loss; returns that loss, detached."""
-
-    @abstractmethod
-    def set_schedule(self, lr_multiplier: float, momentum: float, weight_decay: float) -> None:
-        """Set this step's learning rates, as multiples of the initial ones, and Muon's momentum and decay."""
 
     @abstractmethod
     def scale_initial_lr(self, frac: float) -> None:
@@ -172,7 +160,7 @@ class Strategy(ABC):
 def padded_micro_batches(
     batch: PackedBatch, device_batch_size: int, device: str, n_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro-batches of `step.micro_batches`, then empty ones up to `n_steps`: one row without a target."""
+    """The micro-batches of `staging.micro_batches`, then empty ones up to `n_steps`: one row without a target."""
     yield from micro_batches(batch, device_batch_size, device)
     n_rows, T = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     for _ in range(n_steps - -(-n_rows // device_batch_size)):
