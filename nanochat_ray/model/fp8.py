@@ -36,11 +36,9 @@ class Quantised(NamedTuple):
 def quantise(x: Tensor, dtype: torch.dtype, recipe: Recipe) -> Quantised:
     """x (rows, n) in fp8. Not-a-number and infinity anywhere stay visible: what shares their scale becomes NaN."""
     limit = torch.finfo(dtype).max
-    if recipe == "tensorwise":
-        amax = torch.linalg.vector_norm(x, torch.inf)
-    else:
-        amax = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
-    scale = limit / amax.float().clamp(min=SMALLEST_AMAX)
+    over = {} if recipe == "tensorwise" else {"dim": 1, "keepdim": True}
+    amax = torch.linalg.vector_norm(x, torch.inf, **over).float().clamp(min=SMALLEST_AMAX)
+    scale = torch.full_like(amax, limit) / amax  # a number divided by a tensor is rounded twice
     values = (x.float() * scale).clamp(-limit, limit).to(dtype)
     return Quantised(values.contiguous(), scale.reciprocal())
 
