@@ -184,10 +184,9 @@ def fetch(
 
     The size is compared with the source's, the content with `sha256` or the hub's own; `check` may look at the file
     before it gets its name and say what is wrong with it. A second caller for the same path waits for the first.
-    `probe=False` tries also a host that does not answer at first. Raises DownloadError, Cancelled once `stop` is set.
+    `probe=False`: the caller has asked `why_unreachable`. Raises DownloadError, Cancelled once `stop` is set.
     """
-    reason = why_unreachable(address) if probe or os.environ.get(OFFLINE_VARIABLE) == "1" else None
-    if reason:
+    if probe and (reason := why_unreachable(address)):
         raise DownloadError(f"{address}: {reason}")
     existed = path.exists()
     try:

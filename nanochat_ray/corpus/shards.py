@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nanochat_ray.corpus.download import (
@@ -89,7 +89,7 @@ class ShardTask:
     address: str
     path: Path
     expected: Fetched | None = None  # what the source or an earlier call says of it
-    verify: bool = False  # look at the content of what is there, not only at its size
+    unreachable: str | None = None  # why the source cannot be asked
     token: str | None = field(default=None, repr=False)
     retry: Retry = field(default_factory=Retry)
 
@@ -114,6 +114,8 @@ def get_shard(task: ShardTask, stop: threading.Event | None = None) -> ShardResu
         kept = _if_whole(task)
         if kept is not None:
             return ShardResult(name, kept, was_there=True)
+        if task.unreachable:
+            raise DownloadError(f"{task.address}: {task.unreachable}")
         sha256 = task.expected.sha256 if task.expected else None
         fetched = fetch(
             task.address, task.path, task.token, sha256=sha256, check=not_parquet, retry=task.retry, probe=False,
@@ -177,22 +179,23 @@ def download(
     all others were.
     """
     stop = stop or threading.Event()
-    recorded = read_checksums(folder)
-    tasks = []
+    recorded, tasks = read_checksums(folder), []
     for name in names:
         before, expected = recorded.get(name), (checksums or {}).get(name)
         if before and (expected is None or expected.sha256 == before.sha256):
             expected = before  # which has the size too
-        task = ShardTask(join_address(source, name), folder / name, expected, verify, _token(source), retry or Retry())
+        task = ShardTask(join_address(source, name), folder / name, expected, None, _token(source), retry or Retry())
         if verify or not _has_size(task):
             tasks.append(task)
         elif on_result:
             on_result(ShardResult(name, expected, was_there=True))
     if not tasks:
         return
-    missing = [task for task in tasks if not task.path.exists()]
-    if missing and (reason := why_unreachable(source)):  # before anything is started
-        raise DownloadError(f"{len(missing)} of {len(names)} shards are not in {folder}, and {source}: {reason}")
+    if reason := why_unreachable(source):  # asked once, here, for all processes
+        missing = [task.path.name for task in tasks if not task.path.exists()]
+        if missing:
+            raise DownloadError(f"{len(missing)} of {len(names)} shards are not in {folder}, and {source}: {reason}")
+        tasks = [replace(task, unreachable=reason) for task in tasks]
     folder.mkdir(parents=True, exist_ok=True)
     failures = _run(tasks, run, concurrency, stop, folder, on_result)
     if stop.is_set():

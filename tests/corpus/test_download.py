@@ -277,6 +277,9 @@ def test_the_network_is_not_needed_for_what_is_there(server, tmp_path, shards, m
     (tmp_path / "shard_00002.parquet").unlink()
     with pytest.raises(DownloadError, match=r"1 of 6 shards are not in .*NANOCHAT_RAY_OFFLINE=1"):
         download(source, list(shards), tmp_path)
+    (tmp_path / "shard_00002.parquet").write_bytes(b"damaged")
+    with pytest.raises(DownloadError, match=r"shard_00002.parquet: .*NANOCHAT_RAY_OFFLINE=1"):
+        download(source, list(shards), tmp_path, verify=True)
 
 
 def test_never_more_at_once_than_asked_for(server, tmp_path, shards):
