@@ -40,7 +40,8 @@ def train(
         )
 
         def work() -> dict[str, Any]:
-            return fit(stage, rows, rows_per_step, workers, job.lease, settings.run, patience)
+            keep_last = settings.keep_checkpoints
+            return fit(stage, rows, rows_per_step, workers, job.lease, settings.run, patience, keep_last)
     else:
         if job.settings.worker_range[0] > 1:
             raise ValueError("--workers above 1 needs Ray; leave --no-ray out")
@@ -55,7 +56,8 @@ def train_here(job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_
     """Train in this process, without Ray: the same stage function, rows and hooks."""
     world = World(device=job.device)
     tracker = Tracker(stage.stage_folder, job.settings.run, config=stage.settings.model_dump(mode="json"))
-    hooks = FolderHooks(stage.stage_folder, job.lease.epoch, world, tracker)
+    keep_last = job.settings.keep_checkpoints
+    hooks = FolderHooks(stage.stage_folder, job.lease.epoch, world, tracker, keep_last, background=True)
 
     def open_batches(cursor, step):
         return step_batches(plain_row_blocks(rows, cursor), rows_per_step, start_step=step)
@@ -65,4 +67,5 @@ def train_here(job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_
             return pretrain(stage, world, open_batches, hooks)
         return finetune(stage, world, open_batches, hooks)
     finally:
+        hooks.close()
         tracker.finish()

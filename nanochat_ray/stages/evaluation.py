@@ -31,7 +31,7 @@ from nanochat_ray.metrics.core_bundle import CoreTask, load_bundle, load_items
 from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import pick_dtype, prepare_device
-from nanochat_ray.stages.step import micro_batches
+from nanochat_ray.stages.staging import micro_batches
 from nanochat_ray.tasks.catalog import CHAT_TASKS
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
 from nanochat_ray.tasks.task import Task

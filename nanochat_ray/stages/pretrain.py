@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,28 @@ import torch
 from nanochat_ray.config import PretrainSettings
 from nanochat_ray.corpus.reader import DataManifest, validation_rows
 from nanochat_ray.messages import World
-from nanochat_ray.model.checkpoint import latest_checkpoint, load_weights, model_tensors
+from nanochat_ray.model.fp8 import check_fp8, enable_fp8
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.optim import MuonAdamW, build_optimizer
+from nanochat_ray.model.optim import Rates
 from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.model.scaling import Plan, peak_flops, plan_training
 from nanochat_ray.model.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.evaluation import core_in_loop, sample_completions
-from nanochat_ray.stages.hooks import Hooks, OpenBatches, TrainingState
+from nanochat_ray.stages.hooks import Hooks, OpenBatches
+from nanochat_ray.stages.parallel import Strategy, build_strategy, check_strategy
 from nanochat_ray.stages.step import (
     UNTIMED_STEPS,
+    Batches,
     Clock,
     LoopState,
     QuietGarbageCollector,
-    accumulate_gradients,
+    Saver,
     agree,
+    checkpoint_to_go_on_from,
     count_targets,
+    load_checkpoint,
     mfu,
     validation_bpb,
 )
@@ -48,6 +52,7 @@ class PretrainJob:
     manifest: DataManifest
     dtype: str | None = None  # None: by hardware
     eval_bundle: Path | None = None
+    parallel: str = "sharded"
 
     def plan(self, vocab_size: int) -> Plan:
         return plan_training(self.settings, vocab_size)
@@ -62,38 +67,38 @@ def pretrain(job: PretrainJob, world: World, open_batches: OpenBatches, hooks: H
     tokenizer = Tokenizer.load(job.tokenizer_folder)
     plan = job.plan(tokenizer.vocab_size)
     dtype, reason = pick_dtype(world.device, job.dtype)
-    if dtype == torch.float16:
-        raise ValueError("training in float16 needs a loss scaler, which is not here; use bfloat16 or float32")
+    check_strategy(job.parallel, dtype)
+    if settings.fp8:
+        check_fp8(world.device, dtype, settings.max_seq_len, settings.fp8_recipe)
     prepare_device(world.device)
     model = GPT.build(plan.config, device=world.device, compute_dtype=dtype, seed=settings.seed)
-    optimizer = build_optimizer(
-        model, unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr,
-        matrix_lr=settings.matrix_lr, scalar_lr=settings.scalar_lr, weight_decay=plan.weight_decay,
-        batch_lr_scale=plan.batch_lr_scale, rank=world.rank, world_size=world.world_size,
-        muon_eq=settings.muon_eq, muon_plus=settings.muon_plus,
+    fp8_layers = enable_fp8(model, settings.fp8_recipe)[0] if settings.fp8 else 0
+    rates = Rates(
+        settings.unembedding_lr, settings.embedding_lr, settings.matrix_lr, settings.scalar_lr, plan.weight_decay,
+        plan.batch_lr_scale, settings.muon_eq, settings.muon_plus,
     )
-    state = resume(job, model, optimizer)
+    compiled = compile_wanted(settings.compile, world)
+    strategy = build_strategy(job.parallel, model, world, rates, dtype=dtype, compiled=compiled)
+    state = LoopState()
+    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world)
+    if checkpoint is not None:
+        checkpoint.check_architecture(plan.config)
+        state = load_checkpoint(strategy, checkpoint)
+        logger.info("resuming from step %d", checkpoint.step)
     if world.rank == 0:
-        logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
-    return run_loop(job, world, plan, tokenizer, model, optimizer, state, open_batches, hooks)
-
-
-def resume(job: PretrainJob, model: GPT, optimizer: MuonAdamW) -> LoopState:
-    """Load the checkpoint to go on from into model and optimizer, if there is one."""
-    checkpoint = latest_checkpoint(job.stage_folder / CHECKPOINTS)
-    if checkpoint is None:
-        return LoopState()
-    if checkpoint.model_config != model.config:
-        raise ValueError(f"{checkpoint.folder} holds another architecture: {checkpoint.model_config}")
-    load_weights(model, checkpoint.model_tensors())
-    optimizer.load_state_by_name(checkpoint.optimizer_tensors() or {})
-    logger.info("resuming from step %d", checkpoint.step)
-    return LoopState.from_json(checkpoint.meta["loop"])
+        fp8 = f", {fp8_layers} layers in fp8 {settings.fp8_recipe}" if settings.fp8 else ""
+        logger.info("compute dtype %s: %s%s", str(dtype).removeprefix("torch."), reason, fp8)
+        for warning in strategy.warnings:
+            logger.warning("%s", warning)
+    try:
+        return run_loop(job, world, plan, tokenizer, strategy, state, open_batches, hooks)
+    finally:
+        strategy.close()
 
 
 def run_loop(
-    job: PretrainJob, world: World, plan: Plan, tokenizer: Tokenizer, model: GPT, optimizer: MuonAdamW,
-    state: LoopState, open_batches: OpenBatches, hooks: Hooks,
+    job: PretrainJob, world: World, plan: Plan, tokenizer: Tokenizer, strategy: Strategy, state: LoopState,
+    open_batches: OpenBatches, hooks: Hooks,
 ) -> dict[str, Any]:
     """Save, evaluate, step, log, once per step until the horizon."""
     settings, horizon, rank0 = job.settings, plan.num_iterations, world.rank == 0
@@ -101,67 +106,73 @@ def run_loop(
     sequence_len = settings.max_seq_len
     n_val_rows = max(1, settings.eval_tokens // sequence_len)
     val_rows = validation_rows(job.manifest, tokenizer, sequence_len, n_val_rows)
-    compiled = torch.compile(model, dynamic=False) if compile_wanted(settings.compile, world) else model
     peak = peak_flops(torch.cuda.get_device_name() if world.device.startswith("cuda") else world.device)
-    batches = open_batches(state.cursor, state.step)
-    resumed_at = saved_at = state.step if state.step else None
+    batches = Batches(open_batches(state.cursor, state.step))
+    resumed_at = state.step if state.step else None
+    saver = Saver(strategy, hooks, resumed_at)
     save_now = stop = False
     metrics: dict[str, Any] = {}
 
     def due(every: int | None) -> bool:
         return every is not None and (state.step == horizon or (state.step > 0 and state.step % every == 0))
 
-    def save() -> None:
-        optimizer_state = optimizer.state_by_name()  # a collective: every rank takes part
-        tensors = model_tensors(model) if rank0 else {}
-        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, plan, state, world)))
-
     with QuietGarbageCollector() as garbage:
         while True:
             last = state.step == horizon
-            if saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
-                save()
-                saved_at = state.step
+            if saver.saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
+                saver.save(state.step, checkpoint_meta(job, plan, state, world))
             if stop and not last:
+                hooks.flush()
                 return {"status": "stopped", "step": state.step, "metrics": metrics}
             if settings.eval_every and (last or state.step % settings.eval_every == 0):
-                state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
+                with strategy.full_weights() as model:
+                    state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
                 metrics |= {"val/bpb": state.val_bpb, "val/min_bpb": state.min_val_bpb}
                 if rank0:
                     hooks.report(state.step, {"val/bpb": state.val_bpb})
+                    hooks.note_bpb(state.step, state.val_bpb)
             if job.eval_bundle is not None and due(settings.core_metric_every):
-                core = core_in_loop(model, tokenizer, job.eval_bundle, settings.core_metric_max_per_task, world)
+                with strategy.full_weights() as model:
+                    core = core_in_loop(model, tokenizer, job.eval_bundle, settings.core_metric_max_per_task, world)
                 metrics |= core
                 if rank0:
                     hooks.report(state.step, core)
-            if rank0 and due(settings.sample_every):
-                hooks.report(state.step, {"samples": sample_completions(model, tokenizer)})
+            if due(settings.sample_every):
+                with strategy.full_weights() as model:
+                    if rank0:
+                        hooks.report(state.step, {"samples": sample_completions(model, tokenizer)})
             if last:
                 break
 
-            batch = next(batches)
+            batch = batches.next()
+            assert batch is not None, "the stream of pretraining rows has no end"
             clock = Clock(world.device)
             n_targets, stop, save_now = agree(
                 count_targets(batch), hooks, world, timed_saves=settings.save_every is None
             )
-            loss = accumulate_gradients(compiled, batch, n_targets, settings.device_batch_size, world)
+            loss = strategy.accumulate(batch, n_targets, settings.device_batch_size)
             lr = lr_multiplier(
                 state.step, horizon, settings.warmup_steps, settings.warmdown_ratio, settings.final_lr_frac
             )
-            optimizer.set_schedule(
+            strategy.set_schedule(
                 lr, muon_momentum(state.step, horizon, settings.warmdown_ratio),
                 muon_weight_decay(state.step, horizon, plan.weight_decay),
             )
-            optimizer.step()
-            optimizer.zero_grad()
+            grad_norm = strategy.update()
             seconds = clock.seconds()
+            state.counts += batch.counts
             if state.step > UNTIMED_STEPS:
                 state.training_time_s += seconds
             step_metrics = {
                 "train/loss": state.smooth(loss),
                 "train/loss_step": loss,
                 "train/lrm": lr,
+                "train/grad_norm": grad_norm,
                 "train/dt": seconds,
+                "train/data_wait_s": batches.wait_s,
+                "train/checkpoint_stall_s": saver.take_stall_s(),
+                "train/memory_bytes": peak_memory_bytes(world.device),
+                "data/waste_frac": state.counts.waste_frac,
                 "train/tok_per_sec": int(n_targets / seconds),
                 "train/mfu": mfu(plan.flops_per_token * n_targets / seconds, peak * world.world_size),
                 "train/epoch": batch.cursor.epoch,
@@ -173,10 +184,11 @@ def run_loop(
             metrics |= step_metrics
             if rank0:
                 hooks.report(state.step, step_metrics)
-            state.cursor, state.progress = batch.cursor, batch.progress
-            state.step += 1
+            state.take(batch)
             garbage.after_step()
-    metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device)}
+    hooks.flush()
+    metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device), **strategy.describe()}
+    metrics |= {f"data/{name}": count for name, count in asdict(state.counts).items()}
     return {"status": "done", "step": state.step, "metrics": metrics | describe(job, plan, world, len(val_rows))}
 
 

@@ -11,26 +11,29 @@ import torch
 
 from nanochat_ray.config import PretrainSettings, ResolvedSFTSettings, SFTSettings, check_total_batch_size
 from nanochat_ray.messages import PackedRows, World
-from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, load_weights, model_tensors, resolve_checkpoint
-from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.optim import MuonAdamW, build_optimizer
+from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
+from nanochat_ray.model.optim import Rates
 from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.model.scaling import flops_per_token, peak_flops
 from nanochat_ray.model.schedule import sft_lr_multiplier, sft_muon_momentum
 from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.evaluation import ChatTasks, chatcore_in_loop
-from nanochat_ray.stages.hooks import Hooks, OpenBatches, TrainingState
+from nanochat_ray.stages.hooks import Hooks, OpenBatches
+from nanochat_ray.stages.parallel import Strategy, build_strategy, check_strategy
 from nanochat_ray.stages.pretrain import compile_wanted
 from nanochat_ray.stages.rows import MixtureRows
 from nanochat_ray.stages.step import (
     UNTIMED_STEPS,
+    Batches,
     Clock,
     LoopState,
     QuietGarbageCollector,
-    accumulate_gradients,
+    Saver,
     agree,
+    checkpoint_to_go_on_from,
     count_targets,
+    load_checkpoint,
     mfu,
     validation_bpb,
 )
@@ -52,6 +55,7 @@ class SFTJob:
     val_rows: MixtureRows
     dtype: str | None = None
     chat_tasks: ChatTasks | None = None
+    parallel: str = "sharded"
 
 
 def inherit(settings: SFTSettings, base: Checkpoint) -> tuple[ResolvedSFTSettings, list[str]]:
@@ -90,76 +94,85 @@ def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks)
     settings = job.settings
     tokenizer = Tokenizer.load(job.tokenizer_folder)
     dtype, reason = pick_dtype(world.device, job.dtype)
-    if dtype == torch.float16:
-        raise ValueError("training in float16 needs a loss scaler, which is not here; use bfloat16 or float32")
+    check_strategy(job.parallel, dtype)
     base = resolve_checkpoint(job.base_checkpoints, settings.model_step)
     prepare_device(world.device)
     model = base.build_model(world.device, dtype, tokenizer.vocab_size)
     stored = PretrainSettings.model_validate(base.meta["settings"])
-    optimizer = build_optimizer(
-        model, unembedding_lr=settings.unembedding_lr, embedding_lr=settings.embedding_lr,
-        matrix_lr=settings.matrix_lr, scalar_lr=stored.scalar_lr, weight_decay=0.0,
-        rank=world.rank, world_size=world.world_size, muon_eq=stored.muon_eq, muon_plus=stored.muon_plus,
+    rates = Rates(
+        settings.unembedding_lr, settings.embedding_lr, settings.matrix_lr, stored.scalar_lr, weight_decay=0.0,
+        muon_eq=stored.muon_eq, muon_plus=stored.muon_plus,
     )
+    compiled = compile_wanted(settings.compile, world)
+    strategy = build_strategy(job.parallel, model, world, rates, dtype=dtype, compiled=compiled)
     state = LoopState()
-    checkpoint = latest_checkpoint(job.stage_folder / CHECKPOINTS)
+    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world)
     if checkpoint is not None:
-        load_weights(model, checkpoint.model_tensors())
-        optimizer.load_state_by_name(checkpoint.optimizer_tensors() or {})
-        state = LoopState.from_json(checkpoint.meta["loop"])
+        state = load_checkpoint(strategy, checkpoint)
         logger.info("resuming from step %d", checkpoint.step)
     elif settings.load_optimizer:
-        moments = base.optimizer_tensors()
-        if moments is None:
-            logger.warning("the pretraining checkpoint has no optimizer state; starting with a fresh optimizer")
-        else:
-            optimizer.load_state_by_name(moments)
-    optimizer.scale_initial_lr(settings.init_lr_frac)
+        load_moments(strategy, base)
+    strategy.scale_initial_lr(settings.init_lr_frac)
     if world.rank == 0:
         logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
-    return run_loop(job, world, base, tokenizer, model, optimizer, state, open_batches, hooks)
+        for warning in strategy.warnings:
+            logger.warning("%s", warning)
+    try:
+        return run_loop(job, world, base, tokenizer, strategy, state, open_batches, hooks)
+    finally:
+        strategy.close()
+
+
+def load_moments(strategy: Strategy, base: Checkpoint) -> None:
+    """Begin with the pretraining optimizer's moments, if they are there and of the same optimizer."""
+    moments = base.optimizer_tensors()
+    if moments is None:
+        logger.warning("the pretraining checkpoint has no optimizer state; starting with a fresh optimizer")
+    elif base.meta["optimizer"] != strategy.optimizer_name:
+        logger.warning("pretraining used the optimizer %s; starting with a fresh %s",
+                       base.meta["optimizer"], strategy.optimizer_name)
+    else:
+        strategy.load(base.model_tensors(), moments)
 
 
 def run_loop(
-    job: SFTJob, world: World, base: Checkpoint, tokenizer: Tokenizer, model: GPT, optimizer: MuonAdamW,
-    state: LoopState, open_batches: OpenBatches, hooks: Hooks,
+    job: SFTJob, world: World, base: Checkpoint, tokenizer: Tokenizer, strategy: Strategy, state: LoopState,
+    open_batches: OpenBatches, hooks: Hooks,
 ) -> dict[str, Any]:
     """Save, evaluate, step, log, once per step until the conversations or the asked-for steps run out."""
     settings, rank0 = job.settings, world.rank == 0
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
     val_rows = job.val_rows.first_rows(max(1, settings.eval_tokens // settings.max_seq_len))
-    compiled = torch.compile(model, dynamic=False) if compile_wanted(settings.compile, world) else model
     peak = peak_flops(torch.cuda.get_device_name() if world.device.startswith("cuda") else world.device)
-    flops = flops_per_token(model.config)
-    batches = open_batches(state.cursor, state.step)
-    resumed_at = saved_at = state.step if state.step else None
+    flops = flops_per_token(base.model_config)
+    batches = Batches(open_batches(state.cursor, state.step))
+    resumed_at = state.step if state.step else None
+    saver = Saver(strategy, hooks, resumed_at)
     save_now = stop = False
     metrics: dict[str, Any] = {}
 
     def due(every: int | None) -> bool:
         return every is not None and state.step > 0 and state.step % every == 0
 
-    def save() -> None:
-        optimizer_state = optimizer.state_by_name()  # a collective: every rank takes part
-        tensors = model_tensors(model) if rank0 else {}
-        hooks.save(state.step, TrainingState(tensors, optimizer_state, checkpoint_meta(job, base, state, world)))
-
     with QuietGarbageCollector() as garbage:
         while True:
-            batch = next(batches, None) if state.step != settings.num_iterations else None
+            batch = batches.next() if state.step != settings.num_iterations else None
             last = batch is None  # the conversations, or the steps asked for, have run out
-            if saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
-                save()
-                saved_at = state.step
+            if saver.saved_at != state.step and (last or stop or save_now or due(settings.save_every)):
+                saver.save(state.step, checkpoint_meta(job, base, state, world))
             if stop and not last:
+                hooks.flush()
                 return {"status": "stopped", "step": state.step, "metrics": metrics}
             if last or (settings.eval_every and state.step % settings.eval_every == 0):
-                state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
+                with strategy.full_weights() as model:
+                    state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
                 metrics |= {"val/bpb": state.val_bpb, "val/min_bpb": state.min_val_bpb}
                 if rank0:
                     hooks.report(state.step, {"val/bpb": state.val_bpb})
+                    hooks.note_bpb(state.step, state.val_bpb)
             if job.chat_tasks is not None and due(settings.chatcore_every) and not last:
-                scores = chatcore_in_loop(model, tokenizer, job.chat_tasks, world)
+                with strategy.full_weights() as model:
+                    scores = chatcore_in_loop(model, tokenizer, job.chat_tasks, world)
                 if rank0:
                     hooks.report(state.step, scores)
             if batch is None:
@@ -169,14 +182,13 @@ def run_loop(
             n_targets, stop, save_now = agree(
                 count_targets(batch), hooks, world, timed_saves=settings.save_every is None
             )
-            loss = accumulate_gradients(compiled, batch, max(1, n_targets), settings.device_batch_size, world)
+            loss = strategy.accumulate(batch, max(1, n_targets), settings.device_batch_size)
             lr = sft_lr_multiplier(
                 schedule_progress(settings, state.step, batch.progress),
                 settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac,
             )
-            optimizer.set_schedule(lr, sft_muon_momentum(state.step), 0.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            strategy.set_schedule(lr, sft_muon_momentum(state.step), 0.0)
+            grad_norm = strategy.update()
             seconds = clock.seconds()
             n_tokens = settings.total_batch_size
             if state.step > UNTIMED_STEPS:
@@ -185,7 +197,11 @@ def run_loop(
                 "train/loss": state.smooth(loss),
                 "train/loss_step": loss,
                 "train/lrm": lr,
+                "train/grad_norm": grad_norm,
                 "train/dt": seconds,
+                "train/data_wait_s": batches.wait_s,
+                "train/checkpoint_stall_s": saver.take_stall_s(),
+                "train/memory_bytes": peak_memory_bytes(world.device),
                 "train/tok_per_sec": int(n_tokens / seconds),
                 "train/mfu": mfu(flops * n_tokens / seconds, peak * world.world_size),
                 "train/progress": batch.progress,
@@ -195,12 +211,12 @@ def run_loop(
             metrics |= step_metrics
             if rank0:
                 hooks.report(state.step, step_metrics)
-            state.cursor, state.progress = batch.cursor, batch.progress
-            state.step += 1
+            state.take(batch)
             garbage.after_step()
     if state.step == 0:
         raise ValueError("the SFT mixture gave no rows to train on; check --mixture and the task data")
-    metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device)}
+    hooks.flush()
+    metrics |= {"resumed_at": resumed_at, "peak_memory_bytes": peak_memory_bytes(world.device), **strategy.describe()}
     return {"status": "done", "step": state.step, "metrics": metrics | describe(job, state, world, val_rows)}
 
 

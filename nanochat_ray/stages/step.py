@@ -1,4 +1,4 @@
-"""What pretraining and SFT share: the gradient of one optimizer step, sums over ranks, bits per byte, loop state."""
+"""What pretraining and SFT share around an optimizer step: sums over ranks, bits per byte, loop state, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_ray.messages import Cursor, PackedBatch, PackedRows, World
+from nanochat_ray.messages import Cursor, PackCounts, PackedBatch, PackedRows, World
 from nanochat_ray.metrics.bits_per_byte import bits_per_byte, evaluate_bpb
+from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.stages.hooks import Hooks
+from nanochat_ray.stages.hooks import Hooks, TrainingState
+from nanochat_ray.stages.parallel import Strategy
+from nanochat_ray.stages.ranks import sum_over_ranks
+from nanochat_ray.stages.staging import micro_batches
 from nanochat_ray.text.packing import rank_part
 
 EMA_DECAY = 0.9
@@ -35,13 +39,20 @@ class LoopState:
     training_time_s: float = 0.0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
+    counts: PackCounts = field(default_factory=PackCounts)  # of all rows trained on
 
     def to_json(self) -> dict:
-        return {**asdict(self), "cursor": self.cursor.to_json()}
+        return asdict(self)
 
     @staticmethod
     def from_json(values: dict) -> LoopState:
-        return LoopState(**{**values, "cursor": Cursor.from_json(values["cursor"])})
+        parts = {"cursor": Cursor.from_json(values["cursor"]), "counts": PackCounts(**values["counts"])}
+        return LoopState(**{**values, **parts})
+
+    def take(self, batch: PackedBatch) -> None:
+        """A step on this batch is done."""
+        self.cursor, self.progress = batch.cursor, batch.progress
+        self.step += 1
 
     def smooth(self, loss: float) -> float:
         """Fold a loss in; returns the debiased moving average as it stands after this step."""
@@ -54,47 +65,8 @@ class LoopState:
             self.min_val_bpb = bpb if self.min_val_bpb is None else min(bpb, self.min_val_bpb)
 
 
-def micro_batches(
-    rows: PackedBatch | PackedRows, device_batch_size: int, device: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs (b, T) int32 and targets (b, T) int64 with -1 where unsupervised, `device_batch_size` rows at a time."""
-    for start in range(0, len(rows.tokens), device_batch_size):
-        chunk = slice(start, start + device_batch_size)
-        tokens = torch.from_numpy(rows.tokens[chunk].astype(np.int32))  # (b, T+1); a fresh buffer each time
-        targets = tokens[:, 1:].long()
-        if rows.mask is not None:
-            targets[torch.from_numpy(~rows.mask[chunk, 1:])] = -1
-        inputs = tokens[:, :-1].contiguous()
-        if device.startswith("cuda"):
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-
-
 def count_targets(batch: PackedBatch) -> int:
     return int(batch.mask[:, 1:].sum()) if batch.mask is not None else batch.tokens[:, 1:].size
-
-
-def sum_over_ranks(values: list[float], world: World) -> list[float]:
-    """Element-wise sum over all ranks, in double precision."""
-    if world.world_size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def accumulate_gradients(model, batch: PackedBatch, n_targets: int, device_batch_size: int, world: World) -> float:
-    """Add the gradient of the step's mean loss; returns the mean loss over the targets of all ranks.
-
-    Every target counts 1 / n_targets whatever its micro-batch or rank. The optimizer averages gradients over ranks,
-    so each rank's share is multiplied by the number of ranks.
-    """
-    total = torch.zeros((), device=world.device)
-    for inputs, targets in micro_batches(batch, device_batch_size, world.device):
-        loss = model(inputs, targets, reduction="sum")
-        (loss * (world.world_size / n_targets)).backward()
-        total += loss.detach()
-    return sum_over_ranks([float(total)], world)[0] / n_targets
 
 
 def agree(batch_targets: int, hooks: Hooks, world: World, timed_saves: bool) -> tuple[int, bool, bool]:
@@ -130,6 +102,65 @@ def synchronize(device: str) -> None:
 def mfu(flops_per_s: float, peak_flops_per_s: float) -> float | None:
     """Percent of the hardware's bf16 peak, None where that is not known."""
     return 100 * flops_per_s / peak_flops_per_s if math.isfinite(peak_flops_per_s) else None
+
+
+def checkpoint_to_go_on_from(root: Path, world: World) -> Checkpoint | None:
+    """The newest checkpoint that verifies on rank 0, for every rank: another node's view of a folder may lag behind."""
+    found = latest_checkpoint(root) if world.rank == 0 else None
+    step = int(sum_over_ranks([found.step + 1 if found else 0], world)[0]) - 1
+    if step < 0:
+        return None
+    return found or open_checkpoint(root, step)
+
+
+class Batches:
+    """A rank's batches, and how long the loop waited for them."""
+
+    def __init__(self, batches: Iterator[PackedBatch]):
+        self._batches = batches
+        self.wait_s = 0.0  # for the last one
+
+    def next(self) -> PackedBatch | None:
+        """The next batch, None behind the last."""
+        begun = time.perf_counter()
+        batch = next(self._batches, None)
+        self.wait_s = time.perf_counter() - begun
+        return batch
+
+
+class Saver:
+    """Hands checkpoints to the hooks and adds up how long training stood still for them. For all ranks."""
+
+    def __init__(self, strategy: Strategy, hooks: Hooks, resumed_at: int | None):
+        self._strategy, self._hooks = strategy, hooks
+        self.saved_at = resumed_at
+        self._stall_s = 0.0
+
+    def save(self, step: int, meta: dict[str, Any]) -> None:
+        begun = time.perf_counter()
+        weights, moments = self._strategy.model_tensors(), self._strategy.optimizer_tensors()
+        meta = meta | {"optimizer": self._strategy.optimizer_name, "strategy": self._strategy.extra_state()}
+        self._hooks.save(step, TrainingState(weights, moments, meta))
+        self.saved_at = step
+        self._stall_s += time.perf_counter() - begun
+
+    def take_stall_s(self) -> float:
+        """Seconds that training stood still since this was asked last."""
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return stall_s
+
+
+def load_checkpoint(strategy: Strategy, checkpoint: Checkpoint) -> LoopState:
+    """Take over a checkpoint of the same stage; ValueError if another optimizer wrote it."""
+    written_by = checkpoint.meta["optimizer"]
+    if written_by != strategy.optimizer_name:
+        raise ValueError(
+            f"{checkpoint.folder} was trained with the optimizer {written_by}, --parallel {strategy.name} has "
+            f"{strategy.optimizer_name}; give the same --parallel, or another --model-tag"
+        )
+    strategy.load(checkpoint.model_tensors(), checkpoint.optimizer_tensors() or {})
+    strategy.load_extra_state(checkpoint.meta["strategy"])
+    return LoopState.from_json(checkpoint.meta["loop"])
 
 
 class Clock:

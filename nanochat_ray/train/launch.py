@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,9 +30,10 @@ from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import ClusterError, Cursor, World
 from nanochat_ray.model.checkpoint import saved_steps
+from nanochat_ray.observe.metrics import RayGauges
 from nanochat_ray.report.tracker import Tracker
 from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError
-from nanochat_ray.stages.hooks import FolderHooks, OpenBatches, TrainingState
+from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
 from nanochat_ray.stages.sft import SFTJob, finetune
@@ -61,11 +63,23 @@ class Patience:
 
 
 class RayHooks(FolderHooks):
-    """The folder's hooks, plus a report to Ray Train at checkpoints, which is a barrier of all ranks."""
+    """The folder's hooks, with the numbers as Ray's gauges too, and a report to Ray Train at checkpoints.
 
-    def save(self, step: int, state: TrainingState) -> None:
-        super().save(step, state)
+    That report is a barrier of all ranks.
+    """
+
+    def __init__(self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None, keep_last: int):
+        super().__init__(stage_folder, lease_epoch, world, tracker, keep_last, background=True)
+        self.gauges = RayGauges(stage_folder.name, stage_folder.parent.name)
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        super().report(step, metrics)
+        self.gauges.log(step, metrics)
+
+    def save(self, step: int, state: TrainingState) -> float:
+        stall_s = super().save(step, state)
         ray.train.report({"step": step, "val_bpb": state.meta.get("val_bpb")})
+        return stall_s
 
 
 @dataclass
@@ -109,7 +123,7 @@ class Launch:
                                self.job.stage_folder.name, self.count)
                 stop_file.write_text(RESIZE)
             try:
-                silent_s: float = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
+                silent_s: Any = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # a dead dealer is the ranks' error, which ends the launch
             if silent_s > 2 * hang_s:
@@ -121,7 +135,7 @@ class Launch:
 
 def fit(
     job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, lease: Lease,
-    tracker_run: str = "dummy", patience: Patience = Patience(),
+    tracker_run: str = "dummy", patience: Patience = Patience(), keep_last: int = 3,
 ) -> dict[str, Any]:
     """Train a stage on Ray's workers and return rank 0's result. Blocks; call it from any thread.
 
@@ -139,7 +153,9 @@ def fit(
         launches += 1
         epoch = lease.advance() if launches > 1 else lease.epoch
         try:
-            result = launch(job, source, rows_per_step, workers, count, epoch, tracker_run, patience, launches)
+            settings = {"job": job, "lease_epoch": epoch, "tracker_run": tracker_run, "hang_s": patience.hang_s,
+                        "keep_last": keep_last}  # fmt: skip
+            result = launch(job, source, rows_per_step, workers, count, settings)
         except Exception as error:
             if no_use_to_retry(error):
                 raise
@@ -160,24 +176,22 @@ def fit(
 
 
 def launch(
-    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, count: int, lease_epoch: int,
-    tracker_run: str, patience: Patience, number: int,
+    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, count: int,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """One group of `count` workers, from the newest checkpoint to its result or its failure."""
-    stage = job.stage_folder.name
+    stage, hang_s = job.stage_folder.name, settings["hang_s"]
     dealer = start_dealer(source, rows_per_step, count, workers.data_actors)
     run_config: Any = RunConfig(
-        name=f"{job.stage_folder.parent.name}-{stage}-{lease_epoch}",  # fresh: our manifest is the truth, not Ray's
+        name=f"{job.stage_folder.parent.name}-{stage}-{settings['lease_epoch']}",  # fresh: our manifest is the truth
         storage_path=str(job.stage_folder / RAY_FOLDER),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         worker_runtime_env={"env_vars": worker_environment(workers, os.environ)},
     )
-    settings = {"job": job, "dealer": dealer, "lease_epoch": lease_epoch, "tracker_run": tracker_run,
-                "hang_s": patience.hang_s}  # fmt: skip
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(patience.hang_s) + 1),
+        train_loop_config=settings | {"dealer": dealer},
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(hang_s) + 1),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
         ),
@@ -186,7 +200,7 @@ def launch(
     running = Launch(job, dealer, count)
     try:
         running.start(trainer)
-        return running.wait(workers, patience.hang_s)
+        return running.wait(workers, hang_s)
     except WorkerGroupError as error:
         known = [cause for cause in error.worker_failures.values() if no_use_to_retry(cause)]
         if not known:
@@ -228,7 +242,7 @@ def train_worker(config: dict[str, Any]) -> Any:
     tracker = None
     if world.rank == 0:
         tracker = Tracker(job.stage_folder, config["tracker_run"], job.settings.model_dump(mode="json"))
-    hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker)
+    hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"])
     stream = f"{job.stage_folder.name}-{config['lease_epoch']}"
     with Watchdog(job.stage_folder, world.rank, config["hang_s"]) as watchdog:
         try:
@@ -239,6 +253,7 @@ def train_worker(config: dict[str, Any]) -> Any:
                 raise
             return error
         finally:
+            hooks.close()
             if tracker is not None:
                 tracker.finish()
 
