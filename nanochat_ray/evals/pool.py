@@ -55,9 +55,8 @@ def actor_starter(spec: EvalSpec, threads: int) -> Callable[[], ray.actor.ActorH
     """A function that starts one more actor, named after what it evaluates."""
     remote: Any = ray.remote(EvalActor)
     env = {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}
-    gpus = 1 if spec.device.startswith("cuda") else 0
-    actor_class = remote.options(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": env})
-    return lambda: actor_class.options(name=f"{spec.name} #{next(_numbers)}").remote(spec)
+    options = {"num_cpus": 1, "num_gpus": int(spec.device.startswith("cuda")), "runtime_env": {"env_vars": env}}
+    return lambda: remote.options(name=f"{spec.name} #{next(_numbers)}", **options).remote(spec)
 
 
 def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:
@@ -79,8 +78,8 @@ def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int =
     try:
         while waiting or any(call.unit is not None for call in calls.values()):
             while waiting and idle:  # only actors that have a place get work; others may never get one
-                actor = idle.popleft()
-                calls[actor.run.remote(units[waiting[0]])] = Call(actor, waiting.popleft())
+                actor, number = idle.popleft(), waiting.popleft()
+                calls[actor.run.remote(units[number])] = Call(actor, number)
             finished, _ = ray.wait([*calls], num_returns=1, timeout=SPEAK_EVERY_S)
             if not finished:
                 check_patience(calls, time.monotonic() - heard_s)
@@ -124,5 +123,5 @@ def check_patience(calls: dict[ray.ObjectRef, Call], silent_s: float) -> None:
     free = ", ".join(f"{amount:g} {name}" for name, amount in sorted(ray.available_resources().items())
                      if name in ("CPU", "GPU")) or "none"  # fmt: skip
     if silent_s > START_TIMEOUT_S:
-        raise ClusterError(f"no evaluation actor could be placed in {START_TIMEOUT_S:.0f} s; free: {free}")
-    logger.warning("waiting for a place for an evaluation actor since %.0f s; free: %s", silent_s, free)
+        raise ClusterError(f"no evaluation actor could be placed and loaded in {START_TIMEOUT_S:.0f} s; free: {free}")
+    logger.warning("waiting for an evaluation actor to be placed and loaded since %.0f s; free: %s", silent_s, free)
