@@ -184,3 +184,34 @@ def test_the_tokenizer_alone_fetches_only_its_shards(hub, tmp_path):
     assert code == 0, out
     assert asked(hub) == sorted([*FIRST, SET.name(1), SET.name(2), SET.name(3)])
     assert os.listdir(tmp_path / "d1").count("tokenizer_data.json") == 1
+
+
+# --- repackage.py
+
+
+def test_repackage_and_train_on_it(tmp_path):
+    folder = write_shards(tmp_path / "in", shards=2, documents=1500)
+    flags = ("--data", str(folder), "--to", "out", "--val-docs", "100", "--chars-per-shard", "5e4", "--seed", "42")
+    code, out = run(tmp_path, "repackage.py", *flags)
+    assert code == 0 and "3,000 documents" in out and "for validation" in out, out
+    flags_of_training = ("--no-ray", "--data", str(tmp_path / "out"), "--model-tag", "d1", "--vocab-size", "300")
+    assert run(tmp_path, "tok_train.py", *flags_of_training)[0] == 0
+    code, out = run(tmp_path, "repackage.py", *flags)
+    assert code == 1 and "is there already" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "--data"),
+        (["--data", "nowhere", "--to", "out"], "does not exist"),
+        (["--data", ".", "--to", "s3://bucket/out"], "not to a URI"),
+        (["--data", ".", "--to", "out", "--val-docs", "0"], "must be >= 1"),
+        (["--data", "x.txt", "--to", "out"], "--val-docs"),
+    ],
+)
+def test_what_a_person_may_get_wrong_of_a_repackaging(tmp_path, flags, words):
+    (tmp_path / "x.txt").write_text("one document")
+    code, out = run(tmp_path, "repackage.py", *flags)
+    assert code in (1, 2) and words in out and "Traceback" not in out
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
