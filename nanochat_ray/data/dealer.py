@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import count, islice
 from typing import Any, TypeAlias
@@ -112,11 +113,12 @@ def set_up_ray_data(actors: int) -> None:
 
 
 def packed_items(
-    source: RowSource, cursor: Cursor, actors: int, dealer: DealerHandle, stream: str, name: str
+    source: RowSource, cursor: Cursor, actors: int, dealer: DealerHandle, stream: str, name: str,
+    per_execution: int = ITEMS_PER_EXECUTION,
 ) -> Iterator[tuple[Visit, PackedRows]]:
     """Every item from the cursor on with its rows, in order, read, tokenized and packed by Ray Data."""
     visits, due = enumerate(visits_from(source, cursor)), count()
-    while batch := dict(islice(visits, ITEMS_PER_EXECUTION)):
+    while batch := dict(islice(visits, per_execution)):
         numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
         dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
             PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
@@ -133,8 +135,11 @@ def packed_items(
 class RowDealer:
     """Cuts the stream into optimizer steps and hands each rank its part. Waiting calls run in threads of their own."""
 
-    def __init__(self, source: RowSource, rows_per_step: int, actors: int, name: str):
+    def __init__(
+        self, source: RowSource, rows_per_step: int, actors: int, name: str, per_execution: int = ITEMS_PER_EXECUTION
+    ):
         set_up_ray_data(actors)
+        self.per_execution = per_execution
         self.source, self.rows_per_step, self.actors, self.name = source, rows_per_step, actors, name
         self._changed = threading.Condition()
         self._stream = ""
@@ -210,7 +215,8 @@ class RowDealer:
     def _packed(self, stream: str, cursor: Cursor) -> Iterator[tuple[Visit, PackedRows]]:
         """The packed items, counted as they are taken."""
         this = ray.get_runtime_context().current_actor
-        items = packed_items(self.source, cursor, self.actors, this, stream, f"{self.name} rows")
+        name = f"{self.name} rows"
+        items = packed_items(self.source, cursor, self.actors, this, stream, name, self.per_execution)
         for taken, packed in enumerate(items, 1):
             with self._changed:
                 if self._stream != stream:
@@ -255,7 +261,8 @@ def _what_packing_raised(error: BaseException) -> BaseException:
 
 
 def start_dealer(
-    source: RowSource, rows_per_step: int, world_size: int, actors: int, name: str = "training"
+    source: RowSource, rows_per_step: int, world_size: int, actors: int, name: str = "training",
+    per_execution: int = ITEMS_PER_EXECUTION,
 ) -> DealerHandle:
     """The dealer as an actor. It reserves no CPU: packing happens in Ray Data's own actors.
 
@@ -264,28 +271,31 @@ def start_dealer(
     """
     actor_class: Any = ray.remote(RowDealer)
     calls = 2 * world_size + 2 * actors + 4  # of which most only wait
-    return actor_class.options(num_cpus=0, max_concurrency=calls).remote(source, rows_per_step, actors, name)
+    options = actor_class.options(num_cpus=0, max_concurrency=calls)
+    return options.remote(source, rows_per_step, actors, name, per_execution)
 
 
 def batches_from(
     dealer: DealerHandle, stream: str, step: int, rank: int, wait_s: float = WAIT_S
 ) -> Iterator[PackedBatch]:
-    """This rank's batches from a step on; the next one is on its way while one is in use.
+    """This rank's batches from a step on; a thread fetches the next one while one is in use.
 
     Raises what packing raised, and ClusterError when the dealer is dead or has no rows within `wait_s`.
     """
-    ahead: ray.ObjectRef = dealer.part.remote(stream, step, rank, wait_s)
-    while True:
-        batch = _receive(dealer, ahead, step, rank, wait_s)
-        if batch is None:
-            return
-        step += 1
-        ahead = dealer.part.remote(stream, step, rank, wait_s)
-        yield batch
+    fetcher = ThreadPoolExecutor(1, thread_name_prefix="rows")
+    try:
+        ahead = fetcher.submit(_receive, dealer, stream, step, rank, wait_s)
+        while (batch := ahead.result()) is not None:
+            step += 1
+            ahead = fetcher.submit(_receive, dealer, stream, step, rank, wait_s)
+            yield batch
+    finally:
+        fetcher.shutdown(wait=False, cancel_futures=True)
 
 
-def _receive(dealer: DealerHandle, part: ray.ObjectRef, step: int, rank: int, wait_s: float) -> PackedBatch | None:
+def _receive(dealer: DealerHandle, stream: str, step: int, rank: int, wait_s: float) -> PackedBatch | None:
     started_s = time.monotonic()
+    part: ray.ObjectRef = dealer.part.remote(stream, step, rank, wait_s)
     try:
         while not ray.wait([part], timeout=SAY_EVERY_S)[0]:
             waited_s = time.monotonic() - started_s

@@ -53,10 +53,10 @@ def assert_same(got: PackedBatch, want: PackedBatch) -> None:
     assert (got.step, got.cursor, got.progress, got.counts) == (want.step, want.cursor, want.progress, want.counts)
 
 
-def start(rows: CorpusRows, world: int, actors: int = 2):
+def start(rows: CorpusRows, world: int, actors: int = 2, per_execution: int = 1024):
     from nanochat_ray.data.dealer import start_dealer
 
-    return start_dealer(rows, ROWS_PER_STEP, world, actors, "test")
+    return start_dealer(rows, ROWS_PER_STEP, world, actors, "test", per_execution)
 
 
 def deal(dealer, stream: str, cursor: Cursor, world: int) -> list[Iterator[PackedBatch]]:
@@ -108,6 +108,18 @@ def test_a_killed_packing_process_changes_nothing(rows: CorpusRows) -> None:
         for got, want in zip((next(rank) for rank in dealt), pair, strict=True):
             assert_same(got, want)
     assert len(set(killed)) == 2
+    ray.kill(dealer)
+
+
+def test_the_stream_goes_on_behind_an_execution(rows: CorpusRows) -> None:
+    """Ray Data's executions end, also with an item that fills no row; epochs do too."""
+    import ray
+
+    dealer = start(rows, 1, per_execution=23)
+    batches = deal(dealer, "s", Cursor(), 1)[0]
+    for got, want in zip(batches, plain(rows, Cursor(), 1, 90)[0], strict=False):
+        assert_same(got, want)
+    assert want.cursor.epoch == 1
     ray.kill(dealer)
 
 

@@ -1,0 +1,250 @@
+"""What Ray Data costs the stream of rows, how long a trainer waits for them, and what memory they take.
+
+    python bench/pipeline.py DATA [--packers 1 --pairs 3 --items 120] [--steps 60] [--memory]
+
+DATA is a folder of parquet shards. Three tables and one JSON line.
+
+1. Rate: Ray Data with a consumer that takes all it gets, next to as many plain processes that pack the same items and
+   drop them, in turns on the same cluster. Tokens read per second, from when every packer is warm.
+2. Wait: a consumer that takes a step every so many milliseconds, as a trainer of the cpu preset and one of a million
+   tokens per second would; what it waits for data, as a share of its time after ten steps.
+3. `--memory` instead: the peak of every process of the cluster over one epoch of DATA and of ten times as many
+   shards. Private memory, that is resident without what is shared (the object store, code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import psutil
+
+from nanochat_ray.corpus.reader import iter_documents, scan_data
+from nanochat_ray.messages import Cursor, PackedBatch
+from nanochat_ray.stages.rows import CorpusRows, visits_from
+from nanochat_ray.text.tokenizer import Tokenizer, training_texts
+
+VOCAB_SIZE = 4096
+TOKENIZER_CHARS = 20_000_000
+WARM_STEPS = 10
+PACED = {"cpu preset": (256, 16, 200), "1 M tokens/s": (2048, 256, 524)}  # T, rows per step, ms per step
+TIMES = 10
+SAMPLE_EVERY_S = 0.2
+
+
+def plain_packer(rows: CorpusRows, items: list[int], barrier, results) -> None:
+    rows.pack(items[0])  # loads the tokenizer
+    barrier.wait()
+    start = time.monotonic()
+    tokens = sum(rows.pack(item).counts.tokens_read for item in items)
+    results.put((tokens, start, time.monotonic()))
+
+
+def plain_rate(rows: CorpusRows, n_items: int, packers: int) -> float:
+    """Tokens read per second by `packers` processes that share the stream's first items."""
+    items = [visit.item for visit in islice(visits_from(rows, Cursor()), n_items)]
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(packers + 1), spawn.Queue()
+    arguments = [(rows, items[k::packers], barrier, results) for k in range(packers)]
+    workers = [spawn.Process(target=plain_packer, args=each) for each in arguments]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    done = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return sum(tokens for tokens, _, _ in done) / (max(end for *_, end in done) - min(start for _, start, _ in done))
+
+
+def dealt(rows: CorpusRows, rows_per_step: int, packers: int) -> tuple[object, Iterator[PackedBatch]]:
+    import ray
+
+    from nanochat_ray.data.dealer import batches_from, start_dealer
+
+    dealer = start_dealer(rows, rows_per_step, 1, packers, "bench")
+    ray.get(dealer.open.remote("bench", Cursor(), 0, 1))
+    return dealer, batches_from(dealer, "bench", 0, 0)
+
+
+def ray_rate(rows: CorpusRows, n_items: int, packers: int) -> float:
+    """Tokens read per second through Ray Data and the dealer, after as many items as lie ready at the start."""
+    import ray
+
+    from nanochat_ray.data.dealer import ITEMS_AHEAD
+
+    warm = (ITEMS_AHEAD + 2) * packers
+    dealer, batches = dealt(rows, 64, packers)
+    tokens, start = 0, 0.0
+    for batch in batches:
+        at = batch.cursor.epoch * rows.n_items + batch.cursor.item
+        if start:
+            tokens += batch.counts.tokens_read
+        elif at >= warm:
+            start = time.monotonic()
+        if at >= warm + n_items:
+            break
+    rate = tokens / (time.monotonic() - start)
+    ray.kill(dealer)
+    return rate
+
+
+def paced(rows: CorpusRows, rows_per_step: int, step_ms: float, n_steps: int, packers: int) -> dict[str, float]:
+    """What a consumer waits that works `step_ms` between two steps."""
+    import ray
+
+    dealer, batches = dealt(rows, rows_per_step, packers)
+    waits: list[float] = []
+    began = time.monotonic()
+    for _ in range(WARM_STEPS + n_steps):
+        asked = time.monotonic()
+        next(batches)
+        waits.append(1000 * (time.monotonic() - asked))
+        time.sleep(step_ms / 1000)
+    ray.kill(dealer)
+    warm = waits[WARM_STEPS:]
+    return {
+        "step_ms": step_ms, "first_wait_ms": waits[0], "wait_ms_median": statistics.median(warm),
+        "wait_ms_max": max(warm), "wait_percent": 100 * sum(warm) / (sum(warm) + step_ms * n_steps),
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+class MemorySampler:
+    """The greatest private memory of each kind of process below this one, and of all together."""
+
+    def __enter__(self) -> MemorySampler:
+        self.peaks: dict[str, int] = defaultdict(int)  # bytes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(SAMPLE_EVERY_S):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    memory, kind = process.memory_info(), self._kind(process, me)
+                except psutil.Error:
+                    continue
+                private = memory.rss - memory.shared
+                total += private
+                self.peaks[kind] = max(self.peaks[kind], private)
+            self.peaks["all together"] = max(self.peaks["all together"], total)
+
+    @staticmethod
+    def _kind(process: psutil.Process, me: psutil.Process) -> str:
+        if process.pid == me.pid:
+            return "consumer"
+        words = process.cmdline() or ["?"]
+        if words[0].startswith("ray::"):
+            name = " ".join(words)
+            return "dealer" if "RowDealer" in name else "packer" if "MapWorker" in name else "other workers"
+        return Path(words[0]).name if "python" not in words[0] else "Ray's Python services"
+
+
+def memory_over(folder: Path, tokenizer: Path, packers: int) -> tuple[dict[str, int], int]:
+    """Peaks in MB over one epoch of a folder on a cluster of its own, and the number of steps."""
+    rows = CorpusRows(scan_data(str(folder)), tokenizer, 2048, seed=42, epochs=1)
+    start_cluster(packers)
+    import ray
+
+    with MemorySampler() as memory:
+        dealer, batches = dealt(rows, 16, packers)
+        n_steps = sum(1 for _ in batches)
+    ray.kill(dealer)
+    ray.shutdown()
+    return {kind: round(peak / 1e6) for kind, peak in memory.peaks.items()}, n_steps
+
+
+def compare_memory(data: Path, tokenizer: Path, packers: int, scratch: Path) -> dict[str, object]:
+    manifest = scan_data(str(data))
+    large = scratch / "large"
+    large.mkdir()
+    for shard in manifest.train:
+        for k in range(TIMES):
+            (large / f"{shard.name}.{k}.parquet").symlink_to(shard.path)
+    (large / "~val.parquet").symlink_to(manifest.val.path)
+    found = [memory_over(folder, tokenizer, packers) for folder in (data, large)]
+    print(f"{'peak private MB':<24} {found[0][1]:>6} steps {found[1][1]:>6} steps")
+    for kind in sorted(set(found[0][0]) | set(found[1][0])):
+        print(f"{kind:<24} {found[0][0].get(kind, 0):>12} {found[1][0].get(kind, 0):>12}")
+    return {"steps": [steps for _, steps in found], "peak_mb": [peaks for peaks, _ in found]}
+
+
+def start_cluster(packers: int) -> None:
+    import ray
+
+    ray.init(
+        address="local", num_cpus=packers + 1, include_dashboard=False, object_store_memory=500_000_000,
+        log_to_driver=False, logging_level="ERROR",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--packers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--items", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--memory", action="store_true")
+    args = parser.parse_args()
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    manifest = scan_data(str(args.data))
+    record: dict[str, object] = {"bench": "pipeline", "packers": args.packers, "cpus": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        feed = training_texts(iter_documents(manifest, "train"), TOKENIZER_CHARS, 10_000)
+        Tokenizer.train(feed, VOCAB_SIZE).save(scratch / "tokenizer")
+        if args.memory:
+            record["memory"] = compare_memory(args.data, scratch / "tokenizer", args.packers, scratch)
+        else:
+            record |= measure_time(args, CorpusRows(manifest, scratch / "tokenizer", 2048, seed=42))
+    print(json.dumps(record))
+
+
+def measure_time(args: argparse.Namespace, rows: CorpusRows) -> dict[str, object]:
+    import dataclasses
+
+    import ray
+
+    start_cluster(args.packers)
+    print(f"{'pair':>4} {'plain Mtok/s':>13} {'ray Mtok/s':>11} {'ratio':>6}")
+    ratios = []
+    for pair in range(args.pairs):
+        arms = {"plain": plain_rate, "ray": ray_rate}
+        order = ("plain", "ray") if pair % 2 == 0 else ("ray", "plain")
+        rate = {arm: arms[arm](rows, args.items, args.packers) / 1e6 for arm in order}
+        ratios.append(rate["ray"] / rate["plain"])
+        print(f"{pair:>4} {rate['plain']:>13.3f} {rate['ray']:>11.3f} {ratios[-1]:>6.3f}")
+    waits = {}
+    print(f"{'consumer':<14} {'step ms':>8} {'first ms':>9} {'median ms':>10} {'max ms':>8} {'wait %':>7}")
+    for name, (sequence_len, rows_per_step, step_ms) in PACED.items():
+        source = dataclasses.replace(rows, sequence_len=sequence_len)
+        found = waits[name] = paced(source, rows_per_step, step_ms, args.steps, args.packers)
+        print(
+            f"{name:<14} {step_ms:>8} {found['first_wait_ms']:>9.0f} {found['wait_ms_median']:>10.2f} "
+            f"{found['wait_ms_max']:>8.1f} {found['wait_percent']:>7.2f}"
+        )
+    ray.shutdown()
+    return {"ratio_median": statistics.median(ratios), "ratios": ratios, "waits": waits}
+
+
+if __name__ == "__main__":
+    main()
