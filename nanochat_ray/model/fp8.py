@@ -158,7 +158,7 @@ def check_fp8(
     try:
         try_products(device, compute_dtype, recipe)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} with torch {torch.__version__} has no fp8 product for recipe "
             f"{recipe!r} ({reason}): take the other recipe or {TURN_OFF}"
