@@ -21,6 +21,7 @@ import pytest
 
 from nanochat_ray.corpus import download as downloading
 from nanochat_ray.corpus import part
+from nanochat_ray.corpus import source as opening
 from nanochat_ray.corpus.download import OFFLINE_VARIABLE, Cancelled, DownloadError, Fetched, Retry, fetch
 from nanochat_ray.corpus.shards import (
     CHECKSUMS_FILE,
@@ -198,6 +199,14 @@ def test_a_server_that_asks_to_come_back_tomorrow_is_an_error(server, tmp_path):
     server.statuses = {"/x": [(429, {"Retry-After": "86400"})]}
     with pytest.raises(DownloadError, match="come back in 86400 s"):
         fetch(f"{server.url}/x", tmp_path / "x", retry=FAST)
+
+
+def test_a_server_that_says_nothing_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "READ_TIMEOUT_S", 0.2)
+    server.held = {"/x": threading.Event()}
+    threading.Timer(0.5, server.held["/x"].set).start()
+    fetch(f"{server.url}/x", tmp_path / "x", retry=Retry(20, 0.01))
+    assert (tmp_path / "x").read_bytes() == BODY and len(server.asked) > 1
 
 
 def test_waits_double_vary_and_have_an_end():

