@@ -58,10 +58,19 @@ def mirror_folder(uri: str, cache: Path) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _file_system(uri: str) -> tuple[Any, str]:
-    """pyarrow's file system for a URI, and the path in it."""
+    """pyarrow's file system for a URI, and the path in it.
+
+    A file system made from an s3 URI tries each request ten times, about 100 s, and holds up the process' end so long;
+    the same one made anew tries twice.
+    """
     from pyarrow import fs
 
-    return fs.FileSystem.from_uri(uri)
+    system, path = fs.FileSystem.from_uri(uri)
+    given = dict(urllib.parse.parse_qsl(uri.partition("?")[2]))
+    if system.type_name == "s3" and given.keys() <= {"region", "scheme", "endpoint_override"}:
+        twice = fs.AwsStandardS3RetryStrategy(max_attempts=2)
+        system = fs.S3FileSystem(**given | {"region": system.region, "retry_strategy": twice})
+    return system, path
 
 
 @dataclass(frozen=True)

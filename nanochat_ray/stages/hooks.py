@@ -132,6 +132,11 @@ class FolderHooks:
         for future in done:
             future.result()
 
+    @property
+    def writing(self) -> bool:
+        """Whether something that was handed over is not stored yet."""
+        return any(not future.done() for future in self._handed_over)
+
     def flush(self) -> None:
         self._wait()
         if self._watch is not None:

@@ -1,0 +1,504 @@
+"""Laws of runs in object storage: the store is the truth, whole checkpoints only, one writer, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from nanochat_ray import remote as remote_module
+from nanochat_ray import run_dir as run_dir_module
+from nanochat_ray.messages import World
+from nanochat_ray.model.checkpoint import (
+    best_checkpoint,
+    drop_after,
+    latest_checkpoint,
+    note_evaluation,
+    open_checkpoint,
+    prune,
+    resolve_checkpoint,
+    save_checkpoint,
+    saved_steps,
+    step_folder,
+)
+from nanochat_ray.remote import Remote, mirror_folder
+from nanochat_ray.run_dir import (
+    CHECKPOINTS,
+    HEARTBEAT_STALE_S,
+    LEASE_FILE,
+    METRICS_FILE,
+    STOP_FILE,
+    Lease,
+    RunBusyError,
+    RunDir,
+    StaleWriterError,
+    check_writer,
+    clear_stop,
+    existing_run,
+    find_model_tag,
+    have_records,
+    lease_epoch,
+    pull_records,
+    request_stop,
+    shown,
+    storage_path,
+    write_json,
+)
+from nanochat_ray.stages import hooks as hooks_module
+from nanochat_ray.stages.hooks import FolderHooks, TrainingState
+from nanochat_ray.text.tokenizer import Tokenizer
+from tests.stages.tiny import PRETRAIN, Recorder, make_run, run_pretrain
+
+RUNS = iter(range(1000))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(run_dir_module, "SETTLE_S", 0.05)
+
+
+@pytest.fixture(params=["s3", "file"])
+def uri(request, tmp_path):
+    """An empty place in each kind of store."""
+    if request.param == "file":
+        return f"file://{tmp_path}/store"
+    return request.getfixturevalue("s3_server")(f"runs{next(RUNS)}")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Switch to another machine: an empty cache of its own and another name."""
+
+    def switch(name: str, same_host: bool = True) -> None:
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
+        if not same_host:
+            monkeypatch.setattr(run_dir_module, "_host_identity", lambda: f"{name}|boot|pid")
+
+    switch("here")
+    return switch
+
+
+def save(root, step, val_bpb=None, keep_last=None):
+    state = {"w": torch.full((50, 7), float(step))}
+    return save_checkpoint(root, step, state, dict(state), {"val_bpb": val_bpb}, keep_last)
+
+
+def is_of(checkpoint, step):
+    return checkpoint.step == step and bool((checkpoint.model_tensors()["w"] == step).all())
+
+
+def checkpoints_of(uri, tag="d4"):
+    return RunDir.of(uri, tag).checkpoints("pretrain")
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_knows_its_store(machine, tmp_path):
+    folder = storage_path("s3://bucket/pre/fix/?region=eu-west-1") / "d4" / "pretrain"
+    remote = Remote.of(folder)
+    assert remote.uri == "s3://bucket/pre/fix?region=eu-west-1"
+    assert remote.uri_of(folder) == "s3://bucket/pre/fix/d4/pretrain?region=eu-west-1" == shown(folder)
+    assert remote.uri_of(remote.local) == remote.uri
+    assert folder.is_relative_to(tmp_path / "here")
+    assert Remote.of(tmp_path / "s3%3A%2F%2Fbucket" / "x") is None and Remote.of(tmp_path) is None
+    assert shown(tmp_path) == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["s3://key:secret@bucket/x", "s3://bucket/x?access_key=a&secret_key=b"])
+def test_keys_have_no_place_in_a_uri(given, tmp_path):
+    with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID") as error:
+        mirror_folder(given, tmp_path)
+    assert "secret@" not in str(error.value) and "=b" not in str(error.value)
+
+
+def test_a_uri_too_long_for_a_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is the most"):
+        mirror_folder("s3://bucket/" + "x" * 300, tmp_path)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_objects(machine, uri):
+    root = storage_path(uri)
+    remote = Remote.of(root)
+    path = root / "a" / "b.bin"
+    assert remote.read(path) is None and remote.listing(root) == {} and not remote.pull(path)
+    remote.delete(path)
+    remote.write(path, b"one")
+    remote.write(path, b"two")
+    assert not path.exists() and remote.read(path) == b"two" and remote.pull(path) and path.read_bytes() == b"two"
+    path.write_bytes(bytes(range(256)) * 5000)
+    remote.push(path)
+    assert list(remote.listing(root)) == ["a"] and remote.listing(root / "a")["b.bin"].size_bytes == 1_280_000
+    assert abs(remote.find(path).modified_s - time.time()) < 600
+    path.unlink()
+    assert remote.pull(path, to=root / "copy") and (root / "copy").read_bytes() == bytes(range(256)) * 5000
+    remote.delete(root / "a")
+    assert remote.read(path) is None and "a" not in remote.listing(root)
+    assert sorted(os.listdir(root)) == ["a", "copy"]
+
+
+def test_the_records_of_a_stage_travel(machine, uri):
+    machine("one")
+    run = RunDir.of(uri, "d4")
+    with run.open() as lease:
+        assert lease.epoch > 0
+        write_json(run.root / "data.json", {"shards": 3})
+        assert run.begin_stage("tokenizer", {"settings": {"vocab_size": 300}}) == "fresh"
+        tokenizer = Tokenizer.train(["the river runs past a small town"] * 20, 300)
+        tokenizer.save(run.stage("tokenizer"))
+        run.finish_stage("tokenizer")
+        assert run.begin_stage("pretrain", {"depth": 4}) == "fresh"
+    machine("two")
+    run = RunDir.of(uri, existing_run(uri, None))
+    with pytest.raises(FileNotFoundError, match=r"tok_train\.py"):
+        run.require_stage("tokenizer", "tok_train.py")
+    assert Tokenizer.load(run.fetch().require_stage("tokenizer", "tok_train.py")).hash == tokenizer.hash
+    assert run_dir_module.read_json(run.root / "data.json") == {"shards": 3}
+    with run.open():
+        assert run.begin_stage("tokenizer", {"settings": {"vocab_size": 300}}) == "done"
+        assert run.begin_stage("pretrain", {"depth": 4}) == "interrupted"
+    machine("three")
+    folder = RunDir.of(uri, "d4").stage("tokenizer")
+    assert Tokenizer.load(have_records(folder)).hash == tokenizer.hash
+    remote = Remote.of(folder)
+    remote.delete(remote.local / "d4")
+    with RunDir.of(uri, "d4").open():
+        assert not folder.exists() or os.listdir(folder) == []  # what the store no longer has is gone here too
+
+
+def test_runs_are_found(machine, uri):
+    storage = storage_path(uri)
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        find_model_tag(storage)
+    for tag in ("d4", "d12", "cpu"):
+        RunDir.of(uri, tag).open().release()
+    machine("other")
+    assert existing_run(uri, None) == "d12" and existing_run(uri, "cpu") == "cpu"
+    with pytest.raises(FileNotFoundError, match=r"no run 'd9' in (s3|file):.*cpu, d12, d4"):
+        existing_run(uri, "d9")
+
+
+def test_the_longer_log_wins(machine, uri):
+    log = RunDir.of(uri, "d4").stage("pretrain") / METRICS_FILE
+    log.parent.mkdir(parents=True)
+    remote = Remote.of(log)
+    remote.pull_log(log)
+    assert not log.exists()
+    log.write_text("1\n2\n")
+    remote.push_log(log)
+    log.write_text("1\n2\n3\n")
+    remote.pull_log(log)
+    pull_records(log.parent)
+    assert log.read_text() == "1\n2\n3\n"  # the store's copy only lags behind
+    log.write_text("1\n")
+    remote.push_log(log)
+    pull_records(log.parent)
+    assert log.read_text() == "1\n2\n"
+    log.write_text("1\n7\n8\n9\n")  # of a run that another machine went on with
+    pull_records(log.parent)
+    assert log.read_text() == "1\n2\n"
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_goes_through_the_store(machine, uri):
+    root = checkpoints_of(uri)
+    assert latest_checkpoint(root) is None
+    save(root, 1, val_bpb=2.0)
+    save(root, 2, val_bpb=3.0)
+    machine("other")
+    root = checkpoints_of(uri)
+    assert not root.exists() and saved_steps(root) == [1, 2]
+    assert is_of(latest_checkpoint(root), 2) and is_of(best_checkpoint(root), 1)
+    assert is_of(resolve_checkpoint(root, 1), 1)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in (s3|file).*there are \[1, 2\]"):
+        open_checkpoint(root, 3)
+    (step_folder(root, 2) / "model.safetensors").write_bytes(b"damaged here")
+    assert is_of(latest_checkpoint(root), 2)  # the copy here is fetched again
+
+
+def test_the_newest_and_the_best_are_kept_in_the_store(machine, uri):
+    root = checkpoints_of(uri)
+    save(root, 1, val_bpb=9.0)
+    save(root, 2, val_bpb=9.0)
+    note_evaluation(root, 1, 1.0)
+    machine("other")
+    root = checkpoints_of(uri)
+    for step in (3, 4):
+        save(root, step, val_bpb=9.0, keep_last=2)
+    assert saved_steps(root) == [1, 3, 4]
+    note_evaluation(root, 4, 0.5)
+    save(root, 5, val_bpb=9.0, keep_last=1)
+    assert saved_steps(root) == [4, 5] == [int(name[5:]) for name in sorted(os.listdir(root)) if name[0] == "s"]
+    drop_after(root, 4)
+    machine("third")
+    assert saved_steps(checkpoints_of(uri)) == [4]
+
+
+def test_a_corrupt_or_unfinished_one_in_the_store_is_passed_over(machine, uri, caplog):
+    root = checkpoints_of(uri)
+    remote = Remote.of(root)
+    for step in (1, 2, 3, 4):
+        save(root, step)
+    remote.write(step_folder(root, 2) / "model.safetensors", b"short")
+    remote.delete(step_folder(root, 3) / "optim.safetensors")
+    remote.delete(step_folder(root, 4) / "manifest.json")
+    machine("other")
+    root = checkpoints_of(uri)
+    with caplog.at_level("INFO"):
+        assert is_of(latest_checkpoint(root), 1)
+    assert all(f"step_00000{step}" in caplog.text or f"step {step}" in caplog.text for step in (2, 3, 4))
+    prune(root, 1)
+    assert saved_steps(root)[-1] == 4
+
+
+def test_a_reader_of_a_checkpoint_removed_from_the_store_is_told(machine, uri):
+    root = checkpoints_of(uri)
+    save(root, 1)
+    opened = latest_checkpoint(root)
+    save(root, 2, keep_last=1)
+    with pytest.raises(FileNotFoundError, match="removed while it was read"):
+        opened.model_tensors()
+
+
+def push_until_killed(root):
+    step = max(saved_steps(root), default=0)
+    while True:
+        step += 1
+        save(root, step, keep_last=2)
+
+
+def test_a_push_killed_half_way_leaves_no_half_checkpoint(machine, tmp_path):
+    """A writer is killed at random moments; a machine with an empty cache reads whole checkpoints only."""
+    root = checkpoints_of(f"file://{tmp_path}/store")
+    fork = multiprocessing.get_context("fork")
+    newest = 0
+    for kill in range(12):
+        writer = fork.Process(target=push_until_killed, args=(root,), daemon=True)
+        writer.start()
+        time.sleep(0.05 + 0.013 * kill)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        shutil.rmtree(root, ignore_errors=True)
+        found = latest_checkpoint(root)
+        assert found is None or (is_of(found, found.step) and found.step >= newest)
+        newest = found.step if found else 0
+    assert newest > 3
+
+
+def test_a_failing_push_is_tried_again_then_told(machine, uri, monkeypatch):
+    monkeypatch.setattr(remote_module.time, "sleep", lambda seconds: None)
+    root = checkpoints_of(uri)
+    save(root, 1)
+    from pyarrow import fs
+
+    real, calls = fs.copy_files, []
+
+    def copy_files(source, *args, **kwargs):
+        calls.append(source)
+        if len(calls) <= failures:
+            raise OSError("connection reset")
+        real(source, *args, **kwargs)
+
+    monkeypatch.setattr(fs, "copy_files", copy_files)
+    failures = len(remote_module.RETRY_WAITS_S)
+    save(root, 2)
+    assert saved_steps(root) == [1, 2]
+    calls, failures = [], 1000
+    with pytest.raises(OSError, match=r"step 3 not saved, earlier.* kept: cannot write (s3|file).*after 5 tries"):
+        save(root, 3)
+    failures = 0
+    assert is_of(latest_checkpoint(root), 2)
+
+
+def test_a_run_goes_on_on_another_machine(machine, uri, shards, tmp_path):
+    """Pretraining is stopped here and goes on there with nothing but the store: bit-identical to one run."""
+    whole, rows = make_run(tmp_path / "whole", shards)
+    calm = Recorder(whole.stage_folder)
+    run_pretrain(whole, rows, calm)
+
+    class Background(Recorder):
+        def __post_init__(self):
+            FolderHooks.__init__(self, self.stage_folder, self.epoch, World(), None, keep_last=2, background=True)
+
+    losses = []
+    for name, stop_at in (("one", 5), ("two", None)):
+        machine(name)
+        run = RunDir.of(uri, "d2")
+        with run.open() as lease:
+            job, rows = make_run(run.root, shards, PRETRAIN)
+            hooks = Background(job.stage_folder, lease.epoch, stop_at)
+            run_pretrain(job, rows, hooks)
+            hooks.flush()
+            hooks.close()
+            losses += hooks.losses
+    assert losses == calm.losses
+    machine("three")
+    found = latest_checkpoint(RunDir.of(uri, "d2").checkpoints("pretrain"))
+    assert found.model_hash == latest_checkpoint(whole.stage_folder / CHECKPOINTS).model_hash
+
+
+# --- one writer --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_and_a_silent_one_followed(machine, uri):
+    machine("one", same_host=False)
+    root = RunDir.of(uri, "d4").root
+    first = Lease.acquire(root)
+    machine("two", same_host=False)
+    other = RunDir.of(uri, "d4").root
+    with pytest.raises(RunBusyError, match=r"(s3|file)://.*on one"):
+        Lease.acquire(other)
+    first._closed.set()  # its machine is gone: no more heartbeats
+    first._thread.join()
+    record = json.loads(Remote.of(other).read(other / LEASE_FILE))
+    record["heartbeat"] -= HEARTBEAT_STALE_S + 1
+    Remote.of(other).write(other / LEASE_FILE, json.dumps(record).encode())
+    with Lease.acquire(other) as second:
+        assert second.epoch > first.epoch and lease_epoch(root) == second.epoch
+        with pytest.raises(StaleWriterError, match=f"lease {first.epoch}, .* lease {second.epoch}"):
+            check_writer(root, first.epoch)
+        third = second.advance()
+        assert lease_epoch(root) == third == second.epoch
+        second.check()
+    assert json.loads(Remote.of(other).read(other / LEASE_FILE))["released"]
+    machine("one", same_host=False)
+    hooks = FolderHooks(root / "pretrain", first.epoch, World(), None)
+    with pytest.raises(StaleWriterError):
+        hooks.save(1, TrainingState({"w": torch.zeros(1)}, {}, {}))
+    hooks.close()
+    assert saved_steps(root / "pretrain" / CHECKPOINTS) == []
+
+
+def test_of_two_that_come_at_once_one_writes(machine, uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir_module, "SETTLE_S", 0.5)
+    roots = []
+    for name in ("one", "two", "three"):
+        machine(name)
+        roots.append(RunDir.of(uri, "d4").root)
+    start, held, refused = threading.Barrier(len(roots)), [], []
+
+    def take(root):
+        start.wait()
+        try:
+            held.append(Lease.acquire(root))
+        except RunBusyError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=take, args=(root,)) for root in roots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) + len(refused) == 3
+    valid = [lease for lease in held if lease.epoch == lease_epoch(roots[0])]
+    assert len(valid) == 1  # whoever else believes to hold it cannot commit
+    for lease in held:
+        lease.release()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_training_elsewhere_hears_of_a_stop_and_of_a_follower(machine, uri, monkeypatch):
+    monkeypatch.setattr(hooks_module, "WATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(run_dir_module, "FOLLOW_REMOTE_S", 0.05)
+    machine("driver")
+    run = RunDir.of(uri, "d4")
+    lease = run.open()
+    run.begin_stage("pretrain", {})
+    driver_stage = run.stage("pretrain")
+    machine("worker", same_host=False)
+    stage = pull_records(RunDir.of(uri, "d4").stage("pretrain"))
+    hooks = FolderHooks(stage, lease.epoch, World(), None)
+    (stage / METRICS_FILE).write_text('{"step": 0}\n')
+    assert not hooks.stop_requested()
+    with run.following("pretrain"):
+        wait_until((driver_stage / METRICS_FILE).exists)
+    request_stop(driver_stage)
+    wait_until(hooks.stop_requested)
+    clear_stop(driver_stage)
+    wait_until(lambda: not hooks.stop_requested())
+    assert Remote.of(stage).read(stage / STOP_FILE) is None
+    lease.advance()
+
+    def lost():
+        try:
+            hooks.stop_requested()
+        except StaleWriterError:
+            return True
+        return False
+
+    wait_until(lost)
+    hooks.close()
+    lease.release()
+
+
+def test_a_reader_leaves_the_files_of_a_job_on_the_same_machine_alone(machine, uri):
+    run = RunDir.of(uri, "d4")
+    with run.open():
+        run.begin_stage("pretrain", {})
+        (run.stage("pretrain") / "result.json").write_text("not pushed yet")
+        run.fetch()
+        assert (run.stage("pretrain") / "result.json").exists()
+    run.fetch()
+    assert not (run.stage("pretrain") / "result.json").exists()
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_storage_that_cannot_be_written_is_refused(machine, s3_server, tmp_path):
+    no_bucket = s3_server("x").replace("//bucket/", "//nobody-has-this/")
+    with pytest.raises(ValueError, match=r"--storage s3://nobody-has-this/x.*cannot be written") as error:
+        RunDir.of(no_bucket, "d4").open()
+    assert "NO_SUCH_BUCKET" in str(error.value) and "AWS_ACCESS_KEY_ID" in str(error.value)
+    assert not RunDir.of(no_bucket, "d4").root.exists()
+    for bad, why in (
+        ("nothing://bucket/x", "Unrecognized filesystem"),
+        ("s3://bucket/x?colour=red", "colour"),
+        (f"file://{tmp_path}/a_file/x", "a_file"),
+    ):
+        (tmp_path / "a_file").write_text("in the way")
+        with pytest.raises(ValueError, match=f"cannot be written.*{why}"):
+            RunDir.of(bad, "d4").open()
+
+
+PROBE = """
+import os, sys, time
+from nanochat_ray import remote
+from nanochat_ray.run_dir import RunDir
+remote.PROBE_TIMEOUT_S = 1.0
+try:
+    RunDir.of(sys.argv[1], "d4").open()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_store_that_does_not_answer_is_refused_in_time(machine, s3_server):
+    """The process ends too, though a request is still open."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        uri = f"s3://bucket/x?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http"
+        done = subprocess.run([sys.executable, "-c", PROBE, uri], capture_output=True, text=True, timeout=60)
+    assert "cannot be written: no answer in 1 s" in done.stdout, done.stderr
