@@ -24,11 +24,12 @@ from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, rea
 from nanochat_ray.run_dir import (
     METRICS_FILE,
     RESULT_FILE,
-    STOP_FILE,
     Lease,
     RunBusyError,
     RunDir,
     StaleWriterError,
+    clear_stop,
+    request_stop,
     storage_path,
 )
 from nanochat_ray.tasks.rows import TaskSources
@@ -116,7 +117,7 @@ class Job:
             logger.info("%s: done before, skipped", name)
             yield None
             return
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        clear_stop(folder)
         logger.info("%s: %s", name, "goes on" if state == "interrupted" else "starts")
         before = read_result(folder) if (folder / RESULT_FILE).exists() else None
         started_at = before.started_at if before else time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -174,7 +175,7 @@ class Job:
             if self.stop.is_set():
                 os._exit(128 + number)
             self.stop.set()
-            (folder / STOP_FILE).write_text("stop")
+            request_stop(folder)
             print(f"\n{signal.Signals(number).name}: saving; once more to leave at once", flush=True)
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

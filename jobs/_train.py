@@ -13,6 +13,7 @@ from nanochat_ray.model.checkpoint import sweep
 from nanochat_ray.report.tracker import Tracker
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.hooks import FolderHooks
+from nanochat_ray.stages.parallel import DEEPSPEED_OPTIMIZER, check_strategy
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource, plain_row_blocks
 from nanochat_ray.stages.sft import SFTJob, finetune
@@ -41,7 +42,9 @@ def train(
 
         def work() -> dict[str, Any]:
             keep_last = settings.keep_checkpoints
-            return fit(stage, rows, rows_per_step, workers, job.lease, settings.run, patience, keep_last)
+            return fit(
+                stage, rows, rows_per_step, workers, job.lease, settings.run, patience, keep_last, job.stop.is_set
+            )
     else:
         if job.settings.worker_range[0] > 1:
             raise ValueError("--workers above 1 needs Ray; leave --no-ray out")
@@ -50,6 +53,15 @@ def train(
             return train_here(job, stage, rows, rows_per_step)
 
     return job.wait_for(stage.stage_folder.name, work, total_steps, float(rows.epochs or 1))
+
+
+def other_optimizer(parallel: str) -> dict[str, str]:
+    """What a stage's identity says of its optimizer: nothing of our own, which every number of ranks has in common.
+
+    Raises ValueError if the strategy cannot run here.
+    """
+    check_strategy(parallel)
+    return {"optimizer": DEEPSPEED_OPTIMIZER} if parallel.startswith("zero") else {}
 
 
 def train_here(job: Job, stage: PretrainJob | SFTJob, rows: RowSource, rows_per_step: int) -> dict[str, Any]:

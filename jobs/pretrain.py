@@ -15,7 +15,7 @@ logger = logging.getLogger("nanochat_ray")
 
 
 def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
-    from _train import train
+    from _train import other_optimizer, train
 
     from nanochat_ray.model.checkpoint import drop_after
     from nanochat_ray.stages.pretrain import PretrainJob
@@ -25,16 +25,19 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
     tokenizer_folder = job.run_dir.require_stage("tokenizer", "tok_train.py")
     tokenizer = Tokenizer.load(tokenizer_folder)
     config = {"settings": settings.identity(), "data": manifest.hash, "tokenizer": tokenizer.hash}
+    config |= other_optimizer(job.settings.parallel)
     with job.stage("pretrain", config) as notes:
         if notes is None:
             return
         bundle = eval_bundle(job) if settings.core_metric_every else None
         if settings.core_metric_every and bundle is None:
             notes.skip("CORE while training", "no CORE bundle below the storage; name one with --eval-bundle")
+        manifest.check()
         if settings.resume_from_step is not None:
             drop_after(job.run_dir.checkpoints("pretrain"), settings.resume_from_step)
         stage = PretrainJob(
-            settings, job.run_dir.stage("pretrain"), tokenizer_folder, manifest, job.settings.dtype, bundle
+            settings, job.run_dir.stage("pretrain"), tokenizer_folder, manifest, job.settings.dtype, bundle,
+            job.settings.parallel,
         )
         plan = stage.plan(tokenizer.vocab_size)
         logger.info(
@@ -42,7 +45,9 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
             f"{plan.param_counts['total']:,}", f"{plan.num_iterations:,}", f"{plan.total_batch_size:,}",
             plan.total_tokens / plan.scaling_params, plan.total_flops,
         )
-        rows = CorpusRows(manifest, tokenizer_folder, settings.max_seq_len, settings.seed)
+        rows = CorpusRows(
+            manifest, tokenizer_folder, settings.max_seq_len, settings.seed, packing=settings.packing
+        )
         result = train(job, stage, rows, plan.rows_per_step, plan.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}

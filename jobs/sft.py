@@ -22,7 +22,7 @@ logger = logging.getLogger("nanochat_ray")
 
 def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
     """`world_folder` is the embedded corpus if the run's data is that, else None."""
-    from _train import train
+    from _train import other_optimizer, train
 
     from nanochat_ray.model.checkpoint import resolve_checkpoint
     from nanochat_ray.stages.evaluation import ChatTasks
@@ -61,7 +61,7 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
         "mixture": mixture_identity(train_specs) if resolved.mixture else None,
         "tokenizer": tokenizer.hash,
         "base_model": base.model_hash,
-    }
+    } | other_optimizer(job.settings.parallel)
     with job.stage("sft", config) as notes:
         if notes is None:
             return
@@ -74,7 +74,7 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
             chat_tasks = ChatTasks(sources, resolved.chatcore_max_cat, resolved.chatcore_max_sample)
         stage = SFTJob(
             resolved, job.run_dir.stage("sft"), tokenizer_folder, base_checkpoints, val_rows, job.settings.dtype,
-            chat_tasks,
+            chat_tasks, job.settings.parallel,
         )
         result = train(job, stage, rows, resolved.total_batch_size // resolved.max_seq_len, resolved.num_iterations)
         notes.metrics |= result["metrics"]

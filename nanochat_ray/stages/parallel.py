@@ -30,6 +30,7 @@ from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.staging import micro_batches
 
 STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
+DEEPSPEED_OPTIMIZER = "DeepSpeed MuonWithAuxAdam"
 INSTALL_DEEPSPEED = "pip install 'nanochat-ray[deepspeed]'"
 
 

@@ -27,7 +27,7 @@ from nanochat_ray.model.checkpoint import load_weights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import Rates, parameter_groups
 from nanochat_ray.model.optim_shards import ParamGroup, all_gather
-from nanochat_ray.stages.parallel import Strategy
+from nanochat_ray.stages.parallel import DEEPSPEED_OPTIMIZER, Strategy
 
 MUON_SLOTS = ("momentum_buffer",)
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq")
@@ -41,7 +41,7 @@ class Zero(Strategy):
     and `params_in_partition`; in stage 3 `fp16_groups`, `fp32_partitioned_groups_flat` and (written) `muon_beta`.
     """
 
-    optimizer_name = "DeepSpeed MuonWithAuxAdam"
+    optimizer_name = DEEPSPEED_OPTIMIZER
 
     def __init__(self, name: str, model: GPT, world: World, rates: Rates, compiled: bool) -> None:
         super().__init__(model, world)

@@ -32,7 +32,7 @@ from nanochat_ray.messages import ClusterError, Cursor, World
 from nanochat_ray.model.checkpoint import saved_steps
 from nanochat_ray.observe.metrics import RayGauges
 from nanochat_ray.report.tracker import Tracker
-from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError
+from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, request_stop
 from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
@@ -43,7 +43,6 @@ from nanochat_ray.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
-RESIZE = "resize"  # in the stop file: save, stop, and go on with more workers
 LOOK_EVERY_S = 2.0
 GROW_EVERY_S = 60.0
 PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "DS_ACCELERATOR")
@@ -117,11 +116,10 @@ class Launch:
             if time.monotonic() - looked < min(GROW_EVERY_S, hang_s):
                 continue
             looked = time.monotonic()
-            wanted = self.count < workers.at_most and stop_file.parent.is_dir() and not stop_file.exists()
-            if wanted and room_for_more(workers, self.count):
+            if not stop_file.exists() and stop_file.parent.is_dir() and room_for_more(workers, self.count):
                 logger.warning("%s: room for more than %d workers; saving to go on with them",
                                self.job.stage_folder.name, self.count)
-                stop_file.write_text(RESIZE)
+                request_stop(self.job.stage_folder)
             try:
                 silent_s: Any = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
             except (ray.exceptions.RayError, TimeoutError):
@@ -136,18 +134,19 @@ class Launch:
 def fit(
     job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, lease: Lease,
     tracker_run: str = "dummy", patience: Patience = Patience(), keep_last: int = 3,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train a stage on Ray's workers and return rank 0's result. Blocks; call it from any thread.
 
     Launches again after every failure that is nobody's mistake. Raises what a person got wrong as it is, and
     ClusterError when there is no room, or when `max_restarts` launches in a row have reached no new checkpoint.
     """
-    stage, stop_file = job.stage_folder.name, job.stage_folder / STOP_FILE
+    stage = job.stage_folder.name
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, patience.hang_s)))
     launches = failures = 0
     while True:
         saved = newest_step(job)
-        count = wait_for_room(workers, stage, patience.wait_s, patience.can_grow, stop_file.exists)
+        count = wait_for_room(workers, stage, patience.wait_s, patience.can_grow, asked_to_stop)
         if count is None:
             return {"status": "stopped", "step": saved, "metrics": {}}
         launches += 1
@@ -169,8 +168,8 @@ def fit(
             logger.warning("%s: %s; goes on from step %d (%d of %d restarts without a new checkpoint)",
                            stage, _in_short(error), reached, failures, patience.max_restarts)
             continue
-        if result["status"] == "stopped" and stop_file.exists() and stop_file.read_text() == RESIZE:
-            stop_file.unlink()
+        if result["status"] == "stopped" and not asked_to_stop():  # but by this launch, to grow
+            clear_stop(job.stage_folder)
             continue
         return result | {"metrics": result["metrics"] | {"launches": launches}}
 
