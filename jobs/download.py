@@ -6,6 +6,7 @@ Shards that are whole are kept. On a cluster the tasks run on all nodes and each
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _runtime import main, ray_cluster
+from _runtime import Stopped, main, ray_cluster
 
 from nanochat_ray.config import DownloadSettings
 from nanochat_ray.corpus.download import Fetched, Retry
@@ -62,9 +63,13 @@ class Display:
         return f"{done} of {self.n_shards} shards ({self.kept} were there{failed}), {self._amount()}"
 
     def _amount(self) -> str:
-        parts = [part.stat().st_size for part in self.folder.glob(".*.part")]
+        parts = []
+        for part in self.folder.glob(".*.part"):
+            with contextlib.suppress(FileNotFoundError):  # it has just become whole
+                parts.append(part.stat().st_size)
         megabytes, seconds = (self.fetched_bytes + sum(parts)) / 1e6, time.monotonic() - self._begun
-        return f"{len(parts)} coming, {megabytes:,.1f} MB, {megabytes / max(seconds, 0.1):,.1f} MB/s"
+        coming = f"{len(parts)} coming, " if parts else ""
+        return f"{coming}{megabytes:,.1f} MB, {megabytes / max(seconds, 0.1):,.1f} MB/s"
 
     def _show(self) -> None:
         from tqdm import tqdm
@@ -112,10 +117,13 @@ def run(settings: DownloadSettings) -> None:
     if settings.ray and os.environ.get("RAY_ADDRESS"):
         logger.info("tasks run on all nodes: %s must be the same folder on each", folder)
     with Display(len(names), folder) as display:
-        download(
-            source, names, folder, in_ray_tasks if settings.ray else in_threads, settings.concurrency,
-            Retry(settings.tries, settings.backoff_s), checksums, settings.verify, on_result=display.note,
-        )
+        try:
+            download(
+                source, names, folder, in_ray_tasks if settings.ray else in_threads, settings.concurrency,
+                Retry(settings.tries, settings.backoff_s), checksums, settings.verify, on_result=display.note,
+            )
+        except KeyboardInterrupt:
+            raise Stopped(f"{display.line()}; stopped, the same command goes on") from None
     print(display.line(), flush=True)
 
 

@@ -94,6 +94,18 @@ def test_a_download_that_fails_exits_with_an_error_and_keeps_the_rest(hub, tmp_p
     assert asked(hub) == [SET.name(1)]
 
 
+def test_ctrl_c_says_how_far_it_came(hub, tmp_path):
+    hub.held = {path_of(SET.name(1)): threading.Event()}
+    process = start(tmp_path, "download.py", "--no-ray", "-n", "2", **env(hub))
+    wait_for(tmp_path / SET.folder / SET.val_shard, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    hub.held[path_of(SET.name(1))].set()  # else its thread would wait for the server's silence to time out
+    out = process.communicate()[0]
+    assert process.returncode == 130 and "the same command goes on" in out and "Traceback" not in out
+    assert run(tmp_path, "download.py", "--no-ray", "-n", "2", **env(hub))[0] == 0
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
