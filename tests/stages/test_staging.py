@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,6 +88,7 @@ shapes = dict(
 )
 
 
+@settings(deadline=None)
 @given(**shapes)
 def test_equal_to_a_plain_loop(n, length, size, dtype, masked):
     rows = rows_of(n, length, dtype, masked)
@@ -103,6 +104,7 @@ def parts(rows: PackedRows, size: int) -> Iterator[Rows]:
         yield rows.tokens[at], None if rows.mask is None else rows.mask[at]
 
 
+@settings(deadline=None)
 @given(**shapes)
 def test_staged_copies_are_whole_whenever_they_end(n, length, size, dtype, masked):
     rows, device = rows_of(n, length, dtype, masked), SlowDevice()
