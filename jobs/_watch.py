@@ -7,6 +7,7 @@ costs the training nothing, and started again it goes on with what is not evalua
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -23,18 +24,29 @@ from _runtime import EXIT_STOPPED, Notes, find_machine, ray_cluster
 from nanochat_ray.config import BaseEvalSettings, RunSettings
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.messages import ClusterError
-from nanochat_ray.model.checkpoint import Checkpoint, open_checkpoint, saved_steps, step_folder
+from nanochat_ray.model.checkpoint import MODEL_FILE, open_checkpoint, saved_steps, step_folder
 from nanochat_ray.model.precision import pick_device
+from nanochat_ray.remote import Remote
 from nanochat_ray.report.metrics_log import WATCH_FILE, MetricsLog, read_watch
 from nanochat_ray.report.tracker import NO_WANDB, project_of
 from nanochat_ray.report.uploader import Uploader
-from nanochat_ray.run_dir import DATA_FILE, LEASE_FILE, RunDir, read_json
+from nanochat_ray.run_dir import (
+    CONFIG_FILE,
+    DATA_FILE,
+    DONE_FILE,
+    LEASE_FILE,
+    MANIFEST_FILE,
+    RunDir,
+    read_json,
+    shown,
+)
 from nanochat_ray.stages.evaluation import EvalSpec
 
 logger = logging.getLogger("nanochat_ray")
 
 STAGE = "pretrain"
 POLL_S = 1.0
+POLL_STORE_S = 5.0
 SPEAK_EVERY_S = 30.0
 
 
@@ -59,20 +71,16 @@ class Watch:
     def waiting(self) -> list[int]:
         """Steps whose checkpoint is there and neither evaluated nor passed over."""
         done = {record["step"]: record.get("model") for record in read_watch(self.run_dir.stage(STAGE) / WATCH_FILE)}
-        steps = [step for step in saved_steps(self.checkpoints) if self.passed_over.get(step, "") != self._folder(step)]
+        steps = [step for step in saved_steps(self.checkpoints) if self.passed_over.get(step, "") != self._stamp(step)]
         return [step for step in steps if step not in done or done[step] != weights_hash(self.checkpoints, step)]
 
     def pass_over(self, step: int, reason: object) -> None:
         logger.warning("step %d: passed over: %s", step, reason)
-        self.passed_over[step] = self._folder(step)
+        self.passed_over[step] = self._stamp(step)
 
-    def _folder(self, step: int) -> object:
-        """What tells a checkpoint's folder from one that was saved later for the same step; None if there is none."""
-        try:
-            found = step_folder(self.checkpoints, step).stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_ctime_ns
+    def _stamp(self, step: int) -> object:
+        """What tells a checkpoint from one that is saved later for the same step."""
+        return stamp(step_folder(self.checkpoints, step) / MANIFEST_FILE)
 
     def evaluate(self, step: int, bundle: Path | None) -> dict[str, Any] | None:
         """The numbers of a checkpoint; None, with a line that says why, if it cannot be read or went away."""
@@ -103,10 +111,23 @@ class Watch:
 
 def weights_hash(root: Path, step: int) -> str | None:
     """Which weights a checkpoint says to hold, without reading them; None if it does not say."""
+    path = step_folder(root, step) / MANIFEST_FILE
     try:
-        return Checkpoint(step_folder(root, step), step, {}).model_hash
+        data = remote.read(path) if (remote := Remote.of(path)) else path.read_bytes()
+        return json.loads(data or b"")["files"][MODEL_FILE]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def stamp(path: Path) -> object:
+    """What changes when a file is written anew, here or in the run's store; None if there is no such file."""
+    if (remote := Remote.of(path)) is not None:
+        return remote.find(path)
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class Deadline:
@@ -123,19 +144,16 @@ class Deadline:
         if sign != self.sign:
             self.sign, self.heard = sign, now
         if now - self.heard > self.timeout_s:
-            raise TimeoutError(f"{self.run_dir.root} has shown no sign of life for {self.timeout_s:g} s "
+            raise TimeoutError(f"{shown(self.run_dir.root)} has shown no sign of life for {self.timeout_s:g} s "
                                f"(--watch-timeout), while waiting for {what}")
         if now - self.spoke > SPEAK_EVERY_S:
             self.spoke = now
             logger.info("waiting for %s; the last sign of life was %.0f s ago", what, now - self.heard)
-        time.sleep(POLL_S)
+        time.sleep(POLL_STORE_S if Remote.of(self.run_dir.root) else POLL_S)
 
     def _sign(self) -> object:
         """Something that changes while a job works on the run: its lease, which it renews every few seconds."""
-        try:
-            return (self.run_dir.root / LEASE_FILE).stat().st_mtime_ns, saved_steps(self.run_dir.checkpoints(STAGE))
-        except OSError:
-            return None
+        return stamp(self.run_dir.root / LEASE_FILE), saved_steps(self.run_dir.checkpoints(STAGE))
 
 
 def watch(settings: RunSettings, eval_settings: BaseEvalSettings, run: str, timeout_s: float) -> None:
@@ -147,7 +165,8 @@ def watch(settings: RunSettings, eval_settings: BaseEvalSettings, run: str, time
     deadline = Deadline(run_dir, timeout_s)
     with ended_by_signals():
         while not is_ready(run_dir):
-            deadline.wait(f"{run_dir.root} to begin its pretraining")
+            deadline.wait(f"{shown(run_dir.root)} to begin its pretraining")
+        run_dir.fetch()
         with contextlib.ExitStack() as stack:
             on_ray = settings.ray and bool(os.environ.get("RAY_ADDRESS"))  # no cluster is started for this job
             if on_ray:
@@ -163,7 +182,8 @@ def watch(settings: RunSettings, eval_settings: BaseEvalSettings, run: str, time
 
 def is_ready(run_dir: RunDir) -> bool:
     """Whether all is there that an evaluation needs, but for a checkpoint."""
-    return (run_dir.root / DATA_FILE).exists() and run_dir.is_done("tokenizer") and run_dir.stage(STAGE).is_dir()
+    wanted = (DATA_FILE, f"tokenizer/{DONE_FILE}", f"{STAGE}/{CONFIG_FILE}")
+    return all(stamp(run_dir.root / name) is not None for name in wanted)
 
 
 def follow(job: Watch, deadline: Deadline) -> None:
@@ -173,7 +193,8 @@ def follow(job: Watch, deadline: Deadline) -> None:
         logger.info("skipped CORE: %s", reason)
     log = MetricsLog(job.run_dir.stage(STAGE) / WATCH_FILE)
     while True:
-        ended = job.run_dir.is_done(STAGE)  # asked before looking, so that the last checkpoint is seen
+        # asked before looking, so that the last checkpoint is seen
+        ended = stamp(job.run_dir.stage(STAGE) / DONE_FILE) is not None
         waiting = job.waiting()
         if not waiting and ended:
             break
@@ -188,6 +209,8 @@ def follow(job: Watch, deadline: Deadline) -> None:
             continue
         if metrics is not None:
             log.append({"step": waiting[0], "time": round(time.time(), 3), **metrics})
+            if (remote := Remote.of(log.path)) is not None:
+                remote.push_log(log.path)
     log.close()
 
 

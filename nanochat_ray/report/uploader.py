@@ -23,12 +23,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from nanochat_ray.remote import Every, Remote
 from nanochat_ray.report.metrics_log import WATCH_FILE, LineReader, series_of
 from nanochat_ray.run_dir import METRICS_FILE, read_json, write_json
 
@@ -39,6 +40,7 @@ POLL_S = 1.0
 CONNECT_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 30.0
+STORE_EVERY_S = 15.0
 Mode = Literal["offline"] | None  # None: as wandb's own variables say
 
 
@@ -139,14 +141,24 @@ def main() -> None:
     with only_one(folder / LOCK_FILE):
         sent = Sent.load(folder / STATE_FILE)
         write_json(folder / STATE_FILE, asdict(sent))
+        store(folder)
         run = start_run(folder, orders["run"], orders["project"], orders["config"], sent.id)
         sender = Sender(folder, sent, run)
-        while not ended.is_set():
-            sender.send_news()
-            ended.wait(POLL_S)
-        while sender.send_news():
-            continue
+        with Every(STORE_EVERY_S, lambda: store(folder), "store-wandb"):
+            while not ended.is_set():
+                sender.send_news()
+                ended.wait(POLL_S)
+            while sender.send_news():
+                continue
         run.finish()
+        store(folder)
+
+
+def store(folder: Path) -> None:
+    """For a run in object storage: what was sent is known on other machines too."""
+    if (remote := Remote.of(folder)) is not None:
+        with suppress(OSError):
+            remote.push(folder / STATE_FILE)
 
 
 def wait_for_end(parent: int, ended: threading.Event) -> None:

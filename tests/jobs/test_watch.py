@@ -134,6 +134,22 @@ def test_corrupt_checkpoints_are_passed_over_and_a_new_one_is_not(calm, tmp_path
     assert out.count("step 500: passed over: ") == 1 and "Traceback" not in out
 
 
+def test_a_run_in_object_storage_is_watched_from_any_machine(calm, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(calm[0] / "d1", store / "d1")
+    (store / "d1" / "pretrain" / WATCH_FILE).unlink(missing_ok=True)
+    watched_steps = []
+    for machine in ("here", "there"):
+        (tmp_path / machine).mkdir()
+        code, out = run(tmp_path / machine, "base_eval.py", *WATCH, "--storage", f"file://{store}")
+        assert code == 0, out
+        watched_steps.append([int(step) for step in re.findall(r"step (\d+): evaluating", out)])
+    steps = saved_steps(store / "d1" / "pretrain" / CHECKPOINTS)
+    assert watched_steps == [steps, []] and watched(store / "d1" / "pretrain") == steps
+    code, out = run(tmp_path / "there", "report.py", "--model-tag", "d1", "--storage", f"file://{store}")
+    assert code == 0 and "evaluated beside" in (store / "d1" / "report" / "report.md").read_text(), out
+
+
 def test_a_run_that_never_appears_is_given_up(tmp_path):
     code, out = run(tmp_path, "base_eval.py", *WATCH, "--watch-timeout", "2")
     assert code == 1 and "no sign of life for 2 s" in out and "Traceback" not in out
