@@ -200,20 +200,25 @@ class Remote:
             else:
                 self.push(folder / name)
 
-    def pull_files(self, folder: Path, skip: Collection[str], last: str) -> None:
-        """Make the files directly in a local folder those of the store; others are removed, `last` before all.
+    def pull_files(self, folder: Path, skip: Collection[str], last: str, exact: bool) -> None:
+        """Bring the files directly in a folder of the store here, `last` after all others.
 
-        A local log (.jsonl) that only goes on from the store's is kept, for the store's copy lags behind.
+        With `exact` those that are here are replaced, and removed if the store does not have them; else only missing
+        ones are fetched. A log (.jsonl) of which the store has the beginning is kept, for the store's copy lags behind.
         """
         there = [name for name, entry in self.listing(folder).items() if entry.size_bytes is not None]
         here = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-        for name in reversed(_in_order(set(here) - set(there), skip, last)):
-            (folder / name).unlink()
+        if exact:
+            for name in reversed(_in_order(set(here) - set(there), skip, last)):
+                if not (there and name.endswith(".jsonl")):
+                    (folder / name).unlink()
         for name in _in_order(there, skip, last):
             path = folder / name
-            if name.endswith(".jsonl") and path.exists() and path.read_bytes().startswith(self.read(path) or b""):
-                continue
-            self.pull(path)
+            if name.endswith(".jsonl") and path.exists():
+                if not path.read_bytes().startswith(self.read(path) or b""):
+                    self.pull(path)
+            elif exact or not path.exists():
+                self.pull(path)
 
     def push_log(self, path: Path) -> None:
         """Push a file that only grows, if it is longer here than in the store."""

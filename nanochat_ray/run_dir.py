@@ -183,7 +183,7 @@ class RunDir:
     def _pull(self, remote: Remote | None) -> None:
         if remote is not None:
             for folder in (self.root, *(self.stage(name) for name in STAGES)):
-                remote.pull_files(folder, NOT_RECORDS, DONE_FILE)
+                remote.pull_files(folder, NOT_RECORDS, DONE_FILE, exact=True)
 
     def stage(self, name: str) -> Path:
         return self.root / name
@@ -242,12 +242,12 @@ def push_records(folder: Path) -> None:
 
 
 def pull_records(folder: Path) -> Path:
-    """Make the files directly in a folder of a run those of the run's store; nothing for a local run.
+    """Bring files directly in a folder of a run here that are in its store only; nothing for a local run.
 
     For processes on other machines than the job's, before they read a stage's folder or add to its metrics.
     """
     if (remote := Remote.of(folder)) is not None:
-        remote.pull_files(folder, NOT_RECORDS, DONE_FILE)
+        remote.pull_files(folder, NOT_RECORDS, DONE_FILE, exact=False)
     return folder
 
 

@@ -212,6 +212,21 @@ def test_the_longer_log_wins(machine, uri):
     assert log.read_text() == "1\n2\n"
 
 
+def test_a_worker_fetches_what_is_missing_and_leaves_the_rest(machine, uri):
+    stage = RunDir.of(uri, "d4").stage("pretrain")
+    Remote.of(stage).write(stage / "config.json", b"of the store")
+    Remote.of(stage).write(stage / "wandb_id", b"abc")
+    write_json(stage / "config.json", "here")
+    (stage / "result.json").write_text("not pushed yet")
+    (stage / "watch.jsonl").write_text("nor this\n")
+    pull_records(stage)
+    assert sorted(os.listdir(stage)) == ["config.json", "result.json", "wandb_id", "watch.jsonl"]
+    assert run_dir_module.read_json(stage / "config.json") == "here"
+    RunDir.of(uri, "d4").open().release()
+    assert sorted(os.listdir(stage)) == ["config.json", "wandb_id", "watch.jsonl"]
+    assert (stage / "config.json").read_bytes() == b"of the store"
+
+
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
