@@ -15,8 +15,9 @@ from _runtime import Job
 
 from nanochat_ray.config import DownloadSettings, RunSettings
 from nanochat_ray.corpus.download import DownloadError
+from nanochat_ray.corpus.fetching import Runner, download, in_threads
 from nanochat_ray.corpus.reader import DataManifest, scan_data
-from nanochat_ray.corpus.shards import PUBLISHED, Runner, choose, download, in_threads, tokenizer_shards
+from nanochat_ray.corpus.shards import PUBLISHED, choose, tokenizer_shards
 from nanochat_ray.corpus.world import write_world
 from nanochat_ray.run_dir import DATA_FILE, RunDir, differences, read_json, storage_path, write_json
 

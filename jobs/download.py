@@ -19,7 +19,8 @@ from _runtime import Stopped, main, ray_cluster
 
 from nanochat_ray.config import DownloadSettings
 from nanochat_ray.corpus.download import Fetched, Retry
-from nanochat_ray.corpus.shards import PUBLISHED, ShardResult, ShardTask, choose, download, in_threads, list_source
+from nanochat_ray.corpus.fetching import ShardResult, ShardTask, download, in_threads
+from nanochat_ray.corpus.shards import PUBLISHED, choose, list_source
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import storage_path
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from nanochat_ray.corpus.shards import STOP_POLL_S, ShardResult, ShardTask, get_shard
+from nanochat_ray.corpus.fetching import STOP_POLL_S, ShardResult, ShardTask, get_shard
 
 TASK_CPUS = 0.1  # a download waits for the network most of the time
 MAX_DEATHS = 3  # of the process or node under one task

@@ -23,14 +23,11 @@ from nanochat_ray.corpus import download as downloading
 from nanochat_ray.corpus import part
 from nanochat_ray.corpus import source as opening
 from nanochat_ray.corpus.download import OFFLINE_VARIABLE, Cancelled, DownloadError, Fetched, Retry, fetch
+from nanochat_ray.corpus.fetching import GIVE_UP_AFTER, ShardTask, download, in_threads
 from nanochat_ray.corpus.shards import (
     CHECKSUMS_FILE,
-    GIVE_UP_AFTER,
     PUBLISHED,
-    ShardTask,
     choose,
-    download,
-    in_threads,
     list_source,
     parse_checksums,
     read_checksums,
@@ -364,7 +361,7 @@ def test_a_killed_download_goes_on(server, tmp_path, tmp_path_factory):
     assert size > 3 * part.CHUNK_BYTES
     server.bytes_per_s = size / 0.6
     code = (
-        "import sys; from pathlib import Path; from nanochat_ray.corpus.shards import download\n"
+        "import sys; from pathlib import Path; from nanochat_ray.corpus.fetching import download\n"
         f"download({source!r}, {list(shards)!r}, Path({str(tmp_path)!r}), concurrency=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

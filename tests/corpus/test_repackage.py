@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from nanochat_ray.corpus import repackage as module
 from nanochat_ray.corpus.download import file_sha256
+from nanochat_ray.corpus.fetching import download
 from nanochat_ray.corpus.reader import iter_documents, scan_data
 from nanochat_ray.corpus.repackage import ROW_GROUP_DOCS, Repackaged, read_documents, repackage
-from nanochat_ray.corpus.shards import download, list_source, read_checksums
+from nanochat_ray.corpus.shards import list_source, read_checksums
 
 ODD = ["", "one", "zwei\nLines\r\n", "ünïcödé 漢字 🎈", "\u2028 not a line's end \x00", " ", "x" * 3000]
 

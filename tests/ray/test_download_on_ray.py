@@ -16,7 +16,8 @@ from _runtime import Job, open_job
 
 from nanochat_ray.config import RunSettings
 from nanochat_ray.corpus.download import OFFLINE_VARIABLE, Cancelled, DownloadError, Retry
-from nanochat_ray.corpus.shards import PUBLISHED, download, read_checksums
+from nanochat_ray.corpus.fetching import download
+from nanochat_ray.corpus.shards import PUBLISHED, read_checksums
 from nanochat_ray.data.download import in_ray_tasks
 from tests.corpus.shard_server import ShardServer, serving
 
