@@ -1,8 +1,8 @@
 """What Ray Data costs the stream of rows, how long a trainer waits for them, and what memory they take.
 
-    python bench/pipeline.py DATA [--packers 1 --pairs 3 --items 120] [--steps 60] [--memory]
+    python bench/pipeline.py DATA [--packers 1 --pairs 3 --items 40 --row-group 1024] [--steps 60] [--memory]
 
-DATA is a folder of parquet shards. Three tables and one JSON line.
+DATA is a folder of parquet shards; they are written anew with the published shards' row groups, which are the items.
 
 1. Rate: Ray Data with a consumer that takes all it gets, next to as many plain processes that pack the same items and
    drop them, in turns on the same cluster. Tokens read per second, from when every packer is warm.
@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 
 from nanochat_ray.corpus.reader import iter_documents, scan_data
 from nanochat_ray.messages import Cursor, PackedBatch
@@ -45,13 +46,13 @@ SAMPLE_EVERY_S = 0.2
 def plain_packer(rows: CorpusRows, items: list[int], barrier, results) -> None:
     rows.pack(items[0])  # loads the tokenizer
     barrier.wait()
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), time.process_time()
     tokens = sum(rows.pack(item).counts.tokens_read for item in items)
-    results.put((tokens, start, time.monotonic()))
+    results.put((tokens, start, time.monotonic(), time.process_time() - cpu_start))
 
 
-def plain_rate(rows: CorpusRows, n_items: int, packers: int) -> float:
-    """Tokens read per second by `packers` processes that share the stream's first items."""
+def plain_rate(rows: CorpusRows, n_items: int, packers: int) -> tuple[float, float]:
+    """Tokens read by `packers` processes that share the stream's first items, per second and per CPU second."""
     items = [visit.item for visit in islice(visits_from(rows, Cursor()), n_items)]
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(packers + 1), spawn.Queue()
@@ -63,7 +64,8 @@ def plain_rate(rows: CorpusRows, n_items: int, packers: int) -> float:
     done = [results.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return sum(tokens for tokens, _, _ in done) / (max(end for *_, end in done) - min(start for _, start, _ in done))
+    tokens, starts, ends, cpu = zip(*done, strict=True)
+    return sum(tokens) / (max(ends) - min(starts)), sum(tokens) / sum(cpu)
 
 
 def dealt(rows: CorpusRows, rows_per_step: int, packers: int) -> tuple[object, Iterator[PackedBatch]]:
@@ -76,26 +78,33 @@ def dealt(rows: CorpusRows, rows_per_step: int, packers: int) -> tuple[object, I
     return dealer, batches_from(dealer, "bench", 0, 0)
 
 
-def ray_rate(rows: CorpusRows, n_items: int, packers: int) -> float:
-    """Tokens read per second through Ray Data and the dealer, after as many items as lie ready at the start."""
+def packers_cpu_s() -> float:
+    """CPU seconds of Ray Data's packing processes so far."""
+    mine = psutil.Process().children(recursive=True)
+    times = [process.cpu_times() for process in mine if "MapWorker" in " ".join(process.cmdline())]
+    return sum(each.user + each.system for each in times)
+
+
+def ray_rate(rows: CorpusRows, n_items: int, packers: int) -> tuple[float, float]:
+    """The same through Ray Data and the dealer, from when as many items are through as may be ready at the start."""
     import ray
 
     from nanochat_ray.data.dealer import ITEMS_AHEAD
 
     warm = (ITEMS_AHEAD + 2) * packers
     dealer, batches = dealt(rows, 64, packers)
-    tokens, start = 0, 0.0
+    tokens, start, cpu_start = 0, 0.0, 0.0
     for batch in batches:
         at = batch.cursor.epoch * rows.n_items + batch.cursor.item
         if start:
             tokens += batch.counts.tokens_read
         elif at >= warm:
-            start = time.monotonic()
+            start, cpu_start = time.monotonic(), packers_cpu_s()
         if at >= warm + n_items:
             break
-    rate = tokens / (time.monotonic() - start)
+    rates = tokens / (time.monotonic() - start), tokens / (packers_cpu_s() - cpu_start)
     ray.kill(dealer)
-    return rate
+    return rates
 
 
 def paced(rows: CorpusRows, rows_per_step: int, step_ms: float, n_steps: int, packers: int) -> dict[str, float]:
@@ -187,6 +196,15 @@ def compare_memory(data: Path, tokenizer: Path, packers: int, scratch: Path) -> 
     return {"steps": [steps for _, steps in found], "peak_mb": [peaks for peaks, _ in found]}
 
 
+def regrouped(data: Path, folder: Path, row_group: int) -> Path:
+    """The same shards with row groups of this many documents."""
+    folder.mkdir()
+    manifest = scan_data(str(data))
+    for shard in (*manifest.train, manifest.val):
+        pq.write_table(pq.read_table(shard.path), folder / shard.name, row_group, compression="zstd")
+    return folder
+
+
 def start_cluster(packers: int) -> None:
     import ray
 
@@ -201,19 +219,22 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--packers", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--items", type=int, default=120)
+    parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--row-group", type=int, default=1024, help="documents per item")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    manifest = scan_data(str(args.data))
-    record: dict[str, object] = {"bench": "pipeline", "packers": args.packers, "cpus": os.cpu_count()}
+    record: dict[str, object] = {
+        "bench": "pipeline", "packers": args.packers, "cpus": os.cpu_count(), "row_group": args.row_group
+    }
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
+        manifest = scan_data(str(regrouped(args.data, scratch / "data", args.row_group)))
         feed = training_texts(iter_documents(manifest, "train"), TOKENIZER_CHARS, 10_000)
         Tokenizer.train(feed, VOCAB_SIZE).save(scratch / "tokenizer")
         if args.memory:
-            record["memory"] = compare_memory(args.data, scratch / "tokenizer", args.packers, scratch)
+            record["memory"] = compare_memory(scratch / "data", scratch / "tokenizer", args.packers, scratch)
         else:
             record |= measure_time(args, CorpusRows(manifest, scratch / "tokenizer", 2048, seed=42))
     print(json.dumps(record))
@@ -225,14 +246,16 @@ def measure_time(args: argparse.Namespace, rows: CorpusRows) -> dict[str, object
     import ray
 
     start_cluster(args.packers)
-    print(f"{'pair':>4} {'plain Mtok/s':>13} {'ray Mtok/s':>11} {'ratio':>6}")
-    ratios = []
+    print(f"{'pair':>4} {'plain Mtok/s':>13} {'ray Mtok/s':>11} {'ratio':>6} {'ratio per CPU s of packers':>27}")
+    ratios, cpu_ratios = [], []
     for pair in range(args.pairs):
         arms = {"plain": plain_rate, "ray": ray_rate}
         order = ("plain", "ray") if pair % 2 == 0 else ("ray", "plain")
-        rate = {arm: arms[arm](rows, args.items, args.packers) / 1e6 for arm in order}
-        ratios.append(rate["ray"] / rate["plain"])
-        print(f"{pair:>4} {rate['plain']:>13.3f} {rate['ray']:>11.3f} {ratios[-1]:>6.3f}")
+        rate = {arm: arms[arm](rows, args.items, args.packers) for arm in order}
+        (plain, plain_cpu), (on_ray, on_ray_cpu) = rate["plain"], rate["ray"]
+        ratios.append(on_ray / plain)
+        cpu_ratios.append(on_ray_cpu / plain_cpu)
+        print(f"{pair:>4} {plain / 1e6:>13.3f} {on_ray / 1e6:>11.3f} {ratios[-1]:>6.3f} {cpu_ratios[-1]:>27.3f}")
     waits = {}
     print(f"{'consumer':<14} {'step ms':>8} {'first ms':>9} {'median ms':>10} {'max ms':>8} {'wait %':>7}")
     for name, (sequence_len, rows_per_step, step_ms) in PACED.items():
@@ -243,7 +266,10 @@ def measure_time(args: argparse.Namespace, rows: CorpusRows) -> dict[str, object
             f"{found['wait_ms_max']:>8.1f} {found['wait_percent']:>7.2f}"
         )
     ray.shutdown()
-    return {"ratio_median": statistics.median(ratios), "ratios": ratios, "waits": waits}
+    return {
+        "ratio_median": statistics.median(ratios), "ratios": ratios,
+        "cpu_ratio_median": statistics.median(cpu_ratios), "cpu_ratios": cpu_ratios, "waits": waits,
+    }
 
 
 if __name__ == "__main__":

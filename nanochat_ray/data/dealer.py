@@ -54,6 +54,7 @@ class PackItems:
 
     def __init__(self, source: RowSource, dealer: DealerHandle, stream: str):
         self.source, self.dealer, self.stream = source, dealer, stream
+        self.may_pack = 0  # items of the stream before this number are near their use
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for number, item in zip(batch["number"], batch["item"], strict=True):
@@ -62,10 +63,12 @@ class PackItems:
 
     def has_turn(self, number: int) -> bool:
         """Wait until item `number` of the stream is near its use; False if the stream is gone."""
-        turn: Any = None
-        while turn is None:
-            turn = ray.get(self.dealer.turn.remote(self.stream, number), timeout=DEAF_S)
-        return turn
+        while number >= self.may_pack:
+            answer: Any = ray.get(self.dealer.may_pack.remote(self.stream, number), timeout=DEAF_S)
+            if answer is None:
+                return False
+            self.may_pack = answer
+        return True
 
 
 def to_columns(number: int, rows: PackedRows) -> dict[str, np.ndarray]:
@@ -122,7 +125,7 @@ def packed_items(
         numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
         dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
             PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered))),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered)), max_tasks_in_flight_per_actor=4),
         )
         dataset.set_name(name)
         blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
@@ -192,19 +195,17 @@ class RowDealer:
         with self._changed:
             return self._describe()
 
-    def turn(self, stream: str, number: int) -> bool | None:
-        """Whether item `number` is at most ITEMS_AHEAD per packing process before its use; False: the stream is gone.
+    def may_pack(self, stream: str, number: int) -> int | None:
+        """The first item that is too far ahead to be packed, ITEMS_AHEAD per packing process; None: the stream is gone.
 
-        Waits for it, but not long: None means ask again.
+        Waits until item `number` may be, but not long: who asks has to ask again.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._stream != stream or self._is_near(number), timeout=TURN_S)
-            if self._stream != stream:
-                return False
-            return True if self._is_near(number) else None
+            self._changed.wait_for(lambda: self._stream != stream or number < self._too_far(), timeout=TURN_S)
+            return self._too_far() if self._stream == stream else None
 
-    def _is_near(self, number: int) -> bool:
-        return number < self._taken + ITEMS_AHEAD * self.actors
+    def _too_far(self) -> int:
+        return self._taken + ITEMS_AHEAD * self.actors
 
     def _describe(self) -> str:
         ready = len({step for step, _ in self._parts})
