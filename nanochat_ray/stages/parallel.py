@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +30,12 @@ from nanochat_ray.model.optim import MuonAdamW, Rates, build_optimizer
 from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.staging import micro_batches
 
+logger = logging.getLogger(__name__)
+
 STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
 DEEPSPEED_OPTIMIZER = "DeepSpeed MuonWithAuxAdam"
 INSTALL_DEEPSPEED = "pip install 'nanochat-ray[deepspeed]'"
+LEAST_LOSS_SCALE = 2.0**-16  # no sound gradient overflows at this one
 
 
 def check_strategy(name: str, dtype: torch.dtype | None = None) -> None:
@@ -68,7 +72,10 @@ def build_strategy(
         return DDP(model, world, rates, dtype, compiled)
     from nanochat_ray.stages.zero import Zero
 
-    return Zero(name, model, world, rates, compiled)
+    strategy = Zero(name, model, world, rates, compiled)
+    if world.rank == 0:
+        logger.warning("--parallel %s: %s", name, "; ".join(strategy.notes))
+    return strategy
 
 
 class Strategy(ABC):
@@ -77,7 +84,7 @@ class Strategy(ABC):
 
     name: str
     optimizer_name: str
-    warnings: tuple[str, ...] = ()  # what the log and the report should say once
+    notes: tuple[str, ...] = ()  # what a reader of the report should know
 
     def __init__(self, model: GPT, world: World) -> None:
         self.model, self.world = model, world
@@ -151,7 +158,7 @@ class Strategy(ABC):
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
-        return {"parallel": self.name, "optimizer": self.optimizer_name, "optimizer_notes": list(self.warnings)}
+        return {"parallel": self.name, "optimizer": self.optimizer_name, "optimizer_notes": list(self.notes)}
 
     def close(self) -> None:
         """Give back what the strategy holds besides memory; it is of no use afterwards."""
@@ -180,10 +187,15 @@ class LossScaler:
     growth_interval: int = 2000
 
     def note(self, finite: bool) -> None:
-        """Take in whether a step's gradients were finite, the same on every rank."""
+        """Take in whether a step's gradients were finite, the same on every rank.
+
+        Raises FloatingPointError when they never are.
+        """
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale *= 0.5
+            if self.scale < LEAST_LOSS_SCALE:
+                raise FloatingPointError("gradients are not finite at any loss scale: training has diverged")
         elif self.good_steps == self.growth_interval:
             self.scale, self.good_steps = self.scale * 2, 0
 

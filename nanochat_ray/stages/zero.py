@@ -47,7 +47,7 @@ class Zero(Strategy):
         super().__init__(model, world)
         self.scheduled = False
         self.name, self.stage = name, int(name.removeprefix("zero"))
-        self.warnings = (
+        self.notes = (
             "the recipe was tuned for nanochat's Muon; DeepSpeed's is another algorithm, so expect another loss",
             "train/grad_norm is DeepSpeed's: AdamW's gradients and Muon's finished updates",
         )
@@ -67,11 +67,19 @@ class Zero(Strategy):
             config=engine_config(self.stage, world.world_size), dist_init_required=False,
         )
         self.zero = self.engine.optimizer  # DeepSpeed's wrapper; `zero.optimizer` is MuonWithAuxAdam over flat shards
+        # A tensor, because DeepSpeed compiles Muon anew for each new number.
+        self.momentum = torch.zeros((), device=world.device)
+        for theirs in self.zero.param_groups:
+            if theirs["use_muon"]:
+                theirs["momentum"] = self.momentum
+        self.zero.muon_beta = self.momentum  # what stage 3 reads instead
         names = {id(param): key for key, param in params.items()}
         self.state: FlatState | CutState = (
             CutState(self.zero, world, names, params) if self.stage == 3 else FlatState(self.zero, world, names)
         )
-        if compiled:
+        if compiled and self.stage == 3:  # a traced network does not gather the head's weight
+            self.notes += ("zero3 trains without torch.compile",)
+        elif compiled:
             self.engine.compile(compile_kwargs={"dynamic": False})
 
     # --- a step
@@ -94,9 +102,8 @@ class Zero(Strategy):
         for group, theirs in zip(self.groups, self.zero.param_groups, strict=True):
             theirs["lr"] = group.initial_lr * lr_multiplier
             if group.kind == "muon":
-                theirs["momentum"], theirs["weight_decay"] = momentum, weight_decay
-        if self.stage == 3:
-            self.zero.muon_beta = momentum  # read once at construction
+                theirs["weight_decay"] = weight_decay
+        self.momentum.fill_(momentum)
 
     def scale_initial_lr(self, frac: float) -> None:
         for group in self.groups:

@@ -302,6 +302,9 @@ def test_the_loss_scaler():
     assert scales == [
         (start, 1), (start, 2), (start / 2, 0), (start / 2, 1), (start / 2, 2), (start, 0), (start, 1), (start / 2, 0),
     ]
+    with pytest.raises(FloatingPointError, match="diverged"):
+        for _ in range(40):
+            scaler.note(False)
     assert (LossScaler().scale, LossScaler().growth_interval) == (65536.0, 2000)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on 1 and 2 ranks (gloo): its stages agree with each other, and save state that any of them resumes."""
+"""DeepSpeed's ZeRO on 1 and 2 ranks (gloo): its stages agree, and save state that each of them resumes."""
 
 from __future__ import annotations
 
