@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +28,6 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, Rates, build_optimizer
 from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.staging import micro_batches
-
-logger = logging.getLogger(__name__)
 
 STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
 DEEPSPEED_OPTIMIZER = "DeepSpeed MuonWithAuxAdam"
@@ -72,10 +69,7 @@ def build_strategy(
         return DDP(model, world, rates, dtype, compiled)
     from nanochat_ray.stages.zero import Zero
 
-    strategy = Zero(name, model, world, rates, compiled)
-    if world.rank == 0:
-        logger.warning("--parallel %s: %s", name, "; ".join(strategy.notes))
-    return strategy
+    return Zero(name, model, world, rates, compiled)
 
 
 class Strategy(ABC):
@@ -84,7 +78,8 @@ class Strategy(ABC):
 
     name: str
     optimizer_name: str
-    notes: tuple[str, ...] = ()  # what a reader of the report should know
+    warnings: tuple[str, ...] = ()  # what the log should say once
+    notes: tuple[str, ...] = ()  # what else a reader of the report should know
 
     def __init__(self, model: GPT, world: World) -> None:
         self.model, self.world = model, world
@@ -158,7 +153,8 @@ class Strategy(ABC):
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
-        return {"parallel": self.name, "optimizer": self.optimizer_name, "optimizer_notes": list(self.notes)}
+        notes = [*self.warnings, *self.notes]
+        return {"parallel": self.name, "optimizer": self.optimizer_name, "optimizer_notes": notes}
 
     def close(self) -> None:
         """Give back what the strategy holds besides memory; it is of no use afterwards."""

@@ -47,10 +47,10 @@ class Zero(Strategy):
         super().__init__(model, world)
         self.scheduled = False
         self.name, self.stage = name, int(name.removeprefix("zero"))
-        self.notes = (
+        self.warnings = (
             "the recipe was tuned for nanochat's Muon; DeepSpeed's is another algorithm, so expect another loss",
-            "train/grad_norm is DeepSpeed's: AdamW's gradients and Muon's finished updates",
         )
+        self.notes = ("train/grad_norm is DeepSpeed's: of AdamW's gradients and Muon's finished updates",)
         for table in model.tables:
             table.float()
         params: dict[str, Any] = dict(model.named_parameters())  # DeepSpeed hangs its own things on them
