@@ -24,6 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -164,7 +165,8 @@ class MemorySampler:
         if words[0].startswith("ray::"):
             name = " ".join(words)
             return "dealer" if "RowDealer" in name else "packer" if "MapWorker" in name else "other workers"
-        return Path(words[0]).name if "python" not in words[0] else "Ray's Python services"
+        program = Path(words[0]).name
+        return "Ray's Python services" if program.startswith("python") else program
 
 
 def memory_over(folder: Path, tokenizer: Path, packers: int) -> tuple[dict[str, int], int]:
@@ -189,7 +191,10 @@ def compare_memory(data: Path, tokenizer: Path, packers: int, scratch: Path) -> 
         for k in range(TIMES):
             (large / f"{shard.name}.{k}.parquet").symlink_to(shard.path)
     (large / "~val.parquet").symlink_to(manifest.val.path)
-    found = [memory_over(folder, tokenizer, packers) for folder in (data, large)]
+    found = []
+    for folder in (data, large):  # each from a process of its own, so that nothing of the first is left in the second
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found.append(pool.submit(memory_over, folder, tokenizer, packers).result())
     print(f"{'peak private MB':<24} {found[0][1]:>6} steps {found[1][1]:>6} steps")
     for kind in sorted(set(found[0][0]) | set(found[1][0])):
         print(f"{kind:<24} {found[0][0].get(kind, 0):>12} {found[1][0].get(kind, 0):>12}")

@@ -272,7 +272,8 @@ def start_dealer(
     """
     actor_class: Any = ray.remote(RowDealer)
     calls = 2 * world_size + 2 * actors + 4  # of which most only wait
-    options = actor_class.options(num_cpus=0, max_concurrency=calls)
+    # Without task events: Ray keeps a record of the last 100,000 calls, and there are some per step and rank.
+    options = actor_class.options(num_cpus=0, max_concurrency=calls, enable_task_events=False)
     return options.remote(source, rows_per_step, actors, name, per_execution)
 
 

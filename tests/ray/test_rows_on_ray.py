@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -75,22 +76,31 @@ def packers() -> list[psutil.Process]:
 
 
 def test_every_world_and_resume_gets_the_plain_rows(rows: CorpusRows) -> None:
-    """One dealer, opened again at a cursor of the stream for other numbers of ranks, both packings."""
-    from dataclasses import replace
-
+    """One dealer, opened again at a cursor of the stream for other numbers of ranks."""
     import ray
 
-    for source in (rows, replace(rows, packing="stream")):
-        alone = plain(source, Cursor(), 1, 60)[0]
-        cuts = np.random.default_rng(1).integers(1, 50, 2)
-        dealer = start(source, 3)
-        starts = (3, Cursor()), (1, alone[cuts[0]].cursor), (2, alone[cuts[1]].cursor)
-        for number, (world, cursor) in enumerate(starts):
-            dealt = deal(dealer, f"s{number}", cursor, world)
-            for wanted in zip(*plain(source, cursor, world, 8), strict=True):
-                for got, want in zip((next(rank) for rank in dealt), wanted, strict=True):
-                    assert_same(got, want)
-        ray.kill(dealer)
+    alone = plain(rows, Cursor(), 1, 60)[0]
+    cuts = np.random.default_rng(1).integers(1, 50, 2)
+    dealer = start(rows, 3)
+    starts = (3, Cursor()), (1, alone[cuts[0]].cursor), (2, alone[cuts[1]].cursor)
+    for number, (world, cursor) in enumerate(starts):
+        compare(rows, deal(dealer, f"s{number}", cursor, world), cursor, world)
+    ray.kill(dealer)
+
+
+def test_the_other_packing_gets_its_plain_rows(rows: CorpusRows) -> None:
+    import ray
+
+    source = replace(rows, packing="stream")
+    dealer = start(source, 2, actors=1)
+    compare(source, deal(dealer, "s", Cursor(0, 9, 2), 2), Cursor(0, 9, 2), 2)
+    ray.kill(dealer)
+
+
+def compare(rows: CorpusRows, dealt: list[Iterator[PackedBatch]], cursor: Cursor, world: int, n_steps: int = 8) -> None:
+    for wanted in zip(*plain(rows, cursor, world, n_steps), strict=True):
+        for got, want in zip((next(rank) for rank in dealt), wanted, strict=True):
+            assert_same(got, want)
 
 
 def test_a_killed_packing_process_changes_nothing(rows: CorpusRows) -> None:
