@@ -29,6 +29,7 @@ from nanochat_ray.run_dir import (
     RunDir,
     StaleWriterError,
     clear_stop,
+    push_records,
     request_stop,
     storage_path,
 )
@@ -133,6 +134,7 @@ class Job:
             with contextlib.suppress(OSError, StaleWriterError):
                 self.lease.check()
                 write_result(folder, record())
+                push_records(folder)
             raise
         self.lease.check()
         write_result(folder, record())
@@ -154,7 +156,7 @@ class Job:
 
         thread = threading.Thread(target=run, name=f"stage-{stage}", daemon=True)
         progress = Progress(total_steps, stage, epochs)
-        with self.signals_request_stop(folder):
+        with self.signals_request_stop(folder), self.run_dir.following(stage):
             thread.start()
             for record in follow(folder / METRICS_FILE, thread.is_alive):
                 progress.update(record.pop("step"), record)
@@ -217,7 +219,7 @@ def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
         device: str = settings.device_type or ("cuda" if find_machine().gpus else "cpu")
     else:
         device = pick_device(settings.device_type)
-    with Lease.acquire(run_dir.root) as lease, contextlib.ExitStack() as stack:
+    with run_dir.open() as lease, contextlib.ExitStack() as stack:
         threads = max(1, available_cpus() // settings.worker_range[1])
         yield Job(settings, run_dir, lease, device, threads, stack)
 
@@ -251,6 +253,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, once."""
     set_ray_defaults()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train tab
     if "RAY_AUTH_MODE" not in os.environ and has_ray_token():
         os.environ["RAY_AUTH_MODE"] = "token"
     import ray

@@ -25,7 +25,7 @@ def cli() -> None:
     from nanochat_ray.model.precision import pick_device, pick_dtype
     from nanochat_ray.text.tokenizer import Tokenizer
 
-    run_dir = RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag))
+    run_dir = RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag)).fetch()
     tokenizer = Tokenizer.load(run_dir.require_stage("tokenizer", "tok_train.py"))
     checkpoint = resolve_checkpoint(run_dir.checkpoints(STAGE_OF_SOURCE[chat.source]), chat.step)
     device = pick_device(settings.device_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from _runtime import Job, main, open_job
@@ -53,6 +54,21 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
         notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}
 
 
+def refuse_early(run: RunSettings, settings: PretrainSettings) -> None:
+    """Raise ValueError for what this machine, or an installation like this one, cannot train; before anything is spent.
+
+    A cluster's own GPUs are looked at by its workers.
+    """
+    from nanochat_ray.model.fp8 import check_fp8
+    from nanochat_ray.model.precision import pick_device, pick_dtype
+    from nanochat_ray.stages.parallel import check_strategy
+
+    check_strategy(run.parallel)
+    if settings.fp8 and not (run.ray and os.environ.get("RAY_ADDRESS")):
+        device = pick_device(run.device_type)
+        check_fp8(device, pick_dtype(device, run.dtype)[0], settings.max_seq_len, settings.fp8_recipe)
+
+
 def eval_bundle(job: Job) -> Path | None:
     """The CORE bundle's folder: as named, else the one below the storage if it is there."""
     from nanochat_ray.run_dir import storage_path
@@ -74,6 +90,7 @@ def cli() -> None:
     from nanochat_ray.model.scaling import plan_training
 
     settings, pretrain_settings = flags.settings(RunSettings), flags.settings(PretrainSettings)
+    refuse_early(settings, pretrain_settings)
     n_shards = shards_needed(plan_training(pretrain_settings, TokenizerSettings().vocab_size).total_tokens)
     with open_job(settings, settings.model_tag or f"d{pretrain_settings.depth}") as job:
         run(job, pretrain_settings, pin_data(settings, job.run_dir, job.device, n_shards))

@@ -25,6 +25,7 @@ from nanochat_ray.config import (
 )
 from nanochat_ray.flags import Flags, Section, read_flags
 from nanochat_ray.presets import Machine, choose_preset, preset
+from nanochat_ray.run_dir import shown
 
 SECTIONS = [
     Section("run", RunSettings()),
@@ -64,6 +65,7 @@ def speedrun(settings: SpeedrunSettings) -> None:
     from nanochat_ray.corpus.shards import shards_needed
     from nanochat_ray.model.scaling import plan_training
 
+    pretrain.refuse_early(settings.run, settings.pretrain)
     plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
     with open_job(settings.run, settings.run.model_tag or f"d{settings.pretrain.depth}") as job:
         data = RunData(job, shards_needed(plan.total_tokens))
@@ -88,7 +90,7 @@ def chat_command(settings: RunSettings, run_folder: Path) -> str:
     if "_ray_pkg_" in str(script):  # Ray's copy of a submitted folder, which does not last
         command = ["python", "jobs/chat_cli.py"]
     elsewhere = settings.storage or os.environ.get("NANOCHAT_BASE_DIR")  # which the next shell may not have
-    storage = ["--storage", str(run_folder.parent)] if elsewhere else []
+    storage = ["--storage", shown(run_folder.parent)] if elsewhere else []
     return shlex.join([*command, *storage, "--model-tag", run_folder.name])
 
 

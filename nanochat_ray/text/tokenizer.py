@@ -21,6 +21,8 @@ import rustbpe
 import tiktoken
 from numpy.typing import DTypeLike
 
+from nanochat_ray.run_dir import have_records
+
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|bos|>",  # also stands between documents; there is no end-of-text token
     "<|user_start|>",
@@ -101,9 +103,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read `tokenizer.json`, or the folder that holds it. ValueError if the file is damaged."""
+        """Read `tokenizer.json`, or the folder that holds it, from a run's store too. ValueError if it is damaged."""
         file = Path(path)
-        file = file / FILE_NAME if file.is_dir() else file
+        file = file if file.is_file() else have_records(file) / FILE_NAME
         if not file.exists():
             raise FileNotFoundError(f"no tokenizer at {file}; train one with jobs/tok_train.py")
         try:

@@ -32,7 +32,7 @@ from nanochat_ray.messages import ClusterError, Cursor, World
 from nanochat_ray.model.checkpoint import saved_steps
 from nanochat_ray.observe.metrics import RayGauges
 from nanochat_ray.report.tracker import Tracker
-from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, request_stop
+from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, pull_records, request_stop
 from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
@@ -48,6 +48,17 @@ GROW_EVERY_S = 60.0
 PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "DS_ACCELERATOR")
 USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused, but for
 PASSING_ERRORS = (ConnectionError, TimeoutError)  # which are OSErrors too
+@dataclass(frozen=True)
+class PassedOn:
+    """What the driver's environment says to the workers. The dashboard would show a runtime_env, keys and all."""
+
+    values: dict[str, str] = field(repr=False)
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> PassedOn:
+        return PassedOn({name: value for name, value in environment.items() if name.startswith(PASSED_ON)})
+
+
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
@@ -179,17 +190,17 @@ def launch(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """One group of `count` workers, from the newest checkpoint to its result or its failure."""
-    stage, hang_s = job.stage_folder.name, settings["hang_s"]
-    dealer = start_dealer(source, rows_per_step, count, workers.data_actors)
+    tag, stage, hang_s = job.stage_folder.parent.name, job.stage_folder.name, settings["hang_s"]
+    dealer = start_dealer(source, rows_per_step, count, workers.data_actors, f"{tag} {stage}")
     run_config: Any = RunConfig(
-        name=f"{job.stage_folder.parent.name}-{stage}-{settings['lease_epoch']}",  # fresh: our manifest is the truth
+        name=f"{tag}-{stage}-{settings['lease_epoch']}",  # fresh: our manifest is the truth
         storage_path=str(job.stage_folder / RAY_FOLDER),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-        worker_runtime_env={"env_vars": worker_environment(workers, os.environ)},
+        worker_runtime_env={"env_vars": worker_environment(workers)},
     )
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config=settings | {"dealer": dealer},
+        train_loop_config=settings | {"dealer": dealer, "passed_on": PassedOn.of(os.environ)},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(hang_s) + 1),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
@@ -219,16 +230,17 @@ def newest_step(job: PretrainJob | SFTJob) -> int:
     return max(saved_steps(job.stage_folder / CHECKPOINTS), default=0)
 
 
-def worker_environment(workers: Workers, here: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables of the training workers: threads, Ray's own, and what the driver's person has set."""
+def worker_environment(workers: Workers) -> dict[str, str]:
+    """What must stand in the training workers' environment before they start: threads, and Ray's own."""
     env = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0", **THREADS_ENV}
     if workers.threads_each:
         env["OMP_NUM_THREADS"] = str(workers.threads_each)
-    return env | {name: value for name, value in here.items() if name.startswith(PASSED_ON)}
+    return env
 
 
 def train_worker(config: dict[str, Any]) -> Any:
     """What each Ray Train worker runs."""
+    os.environ.update(config["passed_on"].values)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     context = ray.train.get_context()
     world = World(
@@ -240,6 +252,7 @@ def train_worker(config: dict[str, Any]) -> Any:
     job = config["job"]
     tracker = None
     if world.rank == 0:
+        pull_records(job.stage_folder)
         tracker = Tracker(job.stage_folder, config["tracker_run"], job.settings.model_dump(mode="json"))
     hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"])
     stream = f"{job.stage_folder.name}-{config['lease_epoch']}"

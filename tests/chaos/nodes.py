@@ -1,4 +1,4 @@
-"""A run on a cluster of two nodes, of which the second comes and goes; started by test_nodes.py in a process of its own."""
+"""A run on a cluster of two nodes, of which the second comes and goes; test_nodes.py starts it as a process."""
 
 from __future__ import annotations
 

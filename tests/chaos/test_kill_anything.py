@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -40,7 +41,7 @@ def raw_steps(stage: Path) -> list[int]:
 def lost_steps(stage: Path) -> list[int]:
     """How many steps each restart had to take again."""
     steps = raw_steps(stage)
-    return [before + 1 - after for before, after in zip(steps, steps[1:], strict=False) if after <= before]
+    return [before + 1 - after for before, after in itertools.pairwise(steps) if after <= before]
 
 
 @dataclass

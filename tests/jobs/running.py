@@ -16,7 +16,9 @@ def environment(storage: Path, **changes: str) -> dict[str, str]:
     return env | {"NANOCHAT_BASE_DIR": str(storage), "NANOCHAT_RAY_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | changes
 
 
-def start(storage: Path, job: str, *flags: str, stdout: int | IO[str] = subprocess.PIPE, **env: str) -> subprocess.Popen:
+def start(
+    storage: Path, job: str, *flags: str, stdout: int | IO[str] = subprocess.PIPE, **env: str
+) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(JOBS / job), *flags], cwd=storage, env=environment(storage, **env),
         stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, text=True,

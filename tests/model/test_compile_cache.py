@@ -28,7 +28,8 @@ def test_a_restart_compiles_nothing_again(tmp_path):
     def run() -> list[int]:
         env = os.environ | {"HOME": str(tmp_path)}
         env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-        done = subprocess.run([sys.executable, "-c", COMPILE_ONCE], env=env, capture_output=True, text=True, timeout=400)
+        command = [sys.executable, "-c", COMPILE_ONCE]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
 
