@@ -88,6 +88,8 @@ def pretrain(job: PretrainJob, world: World, open_batches: OpenBatches, hooks: H
     if world.rank == 0:
         fp8 = f", {fp8_layers} layers in fp8 {settings.fp8_recipe}" if settings.fp8 else ""
         logger.info("compute dtype %s: %s%s", str(dtype).removeprefix("torch."), reason, fp8)
+        for warning in strategy.warnings:
+            logger.warning("%s", warning)
     try:
         return run_loop(job, world, plan, tokenizer, strategy, state, open_batches, hooks)
     finally:

@@ -115,6 +115,8 @@ def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks)
     strategy.scale_initial_lr(settings.init_lr_frac)
     if world.rank == 0:
         logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
+        for warning in strategy.warnings:
+            logger.warning("%s", warning)
     try:
         return run_loop(job, world, base, tokenizer, strategy, state, open_batches, hooks)
     finally:
