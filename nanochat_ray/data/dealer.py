@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray.corpus.items import Visit
 from nanochat_ray.messages import ClusterError, Cursor, PackCounts, PackedBatch, PackedRows
@@ -272,8 +273,12 @@ def start_dealer(
     """
     actor_class: Any = ray.remote(RowDealer)
     calls = 2 * world_size + 2 * actors + 4  # of which most only wait
-    # Without task events: Ray keeps a record of the last 100,000 calls, and there are some per step and rank.
-    options = actor_class.options(num_cpus=0, max_concurrency=calls, enable_task_events=False)
+    # Beside its owner, for other nodes come and go. Without task events: Ray keeps a record of the last 100,000 calls,
+    # and there are some per step and rank.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = actor_class.options(
+        num_cpus=0, max_concurrency=calls, enable_task_events=False, scheduling_strategy=here
+    )
     return options.remote(source, rows_per_step, actors, name, per_execution)
 
 

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
 LOOK_EVERY_S = 2.0
+OPEN_S = 60.0
 GROW_EVERY_S = 60.0
 PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "DS_ACCELERATOR")
 USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused, but for
@@ -275,7 +276,7 @@ def open_from(dealer: DealerHandle, world: World, stream: str, watchdog: Watchdo
 
     def open_batches(cursor: Cursor, step: int):
         if world.rank == 0:
-            ray.get(dealer.open.remote(stream, cursor, step, world.world_size))
+            ray.get(dealer.open.remote(stream, cursor, step, world.world_size), timeout=OPEN_S)
         if world.world_size > 1:
             dist.barrier()
         return watchdog.watched(batches_from(dealer, stream, step, world.rank))
@@ -294,5 +295,7 @@ def _in_short(error: Exception) -> str:
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__

@@ -22,7 +22,8 @@ SEED = 7
 SAVE_EVERY = 5
 STEPS = 150
 TOKENIZER = ("--data", "embedded", "--model-tag", "m", "--vocab-size", "512", "--max-chars", "2000000")
-SIZES = ("--data", "embedded", "--model-tag", "m", "--save-every", str(SAVE_EVERY), "--num-iterations", str(STEPS))
+SIZES = ("--data", "embedded", "--model-tag", "m", "--save-every", str(SAVE_EVERY), "--num-iterations", str(STEPS),
+         "--hang-s", "30")  # fmt: skip
 PRETRAIN = ("pretrain.py", *SIZES, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128",
             "--total-batch-size", "1024", "--device-batch-size", "8", "--eval-every", "50", "--eval-tokens", "2048",
             "--core-metric-every", "-1", "--sample-every", "-1")  # fmt: skip
@@ -74,6 +75,9 @@ class Chaos:
             self.begin()
             self.wait_for_life()
             end(orphans)
+        elif kind == "frozen":
+            self.victim("RayTrainWorker").suspend()
+            self.wait_for_life()
         else:
             self.victim(NAMES[kind]).kill()
             if kind != "packing":  # which Ray Data replaces by itself
@@ -140,6 +144,7 @@ def test_kill_anything(calm, tmp_path):
     done = []
     for command in (PRETRAIN, SFT):
         kinds = ["worker"] * 4 + ["controller"] * 2 + ["dealer"] * 2 + ["packing"] + ["driver"] * 2
+        kinds += ["frozen"] if command is SFT else []
         chance.shuffle(kinds)
         chaos = Chaos(tmp_path, command, chance)
         try:
@@ -152,4 +157,4 @@ def test_kill_anything(calm, tmp_path):
         assert max(lost_steps(chaos.stage)) <= 2 * SAVE_EVERY  # a checkpoint may be under way when its writer dies
         assert losses(chaos.stage) == losses(calm / chaos.stage.name)
         assert weights(chaos.stage) == weights(calm / chaos.stage.name)
-    assert len(done) >= 20 and set(done) == {*NAMES, "driver"}
+    assert len(done) >= 20 and set(done) == {*NAMES, "driver", "frozen"}

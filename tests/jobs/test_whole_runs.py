@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ from tests.jobs.running import JOBS, environment, run, start
 
 pytestmark = pytest.mark.slow
 SMOKE = ("--preset", "smoke")
+SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
 def wait_for_step(process: subprocess.Popen, step: int, stage: str) -> None:
@@ -43,17 +46,10 @@ def end(processes: list[psutil.Process]) -> None:
             continue
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """The smoke preset, undisturbed."""
-    storage = tmp_path_factory.mktemp("calm")
-    code, out = run(storage, "speedrun.py", *SMOKE)
-    assert code == 0, out
-    return storage / "smoke"
-
-
-def test_a_killed_driver_and_the_same_command_a_second_later(calm, tmp_path):
-    process = start(tmp_path, "speedrun.py", *SMOKE, "--pretrain.save-every", "10")
+def test_killed_then_stopped_then_done(tmp_path):
+    """The driver is killed while it pretrains, the same command is stopped while it finetunes, the third is done."""
+    command = ("speedrun.py", *SMOKE, "--pretrain.save-every", "10")
+    process = start(tmp_path, *command)
     wait_for_step(process, 25, "pretrain")
     orphans = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
@@ -62,30 +58,26 @@ def test_a_killed_driver_and_the_same_command_a_second_later(calm, tmp_path):
     alive = [orphan for orphan in orphans if orphan.is_running()]
     assert alive, "the law is about orphans that still live"
     try:
-        code, out = run(tmp_path, "speedrun.py", *SMOKE, "--pretrain.save-every", "10")
+        process = start(tmp_path, *command)
+        wait_for_step(process, 10, "sft")
+        process.terminate()
+        out = process.stdout.read()
     finally:
         end(orphans)
-    assert code == 0, out
-    assert "pretrain: goes on" in out and "tokenizer: done before, skipped" in out
-    result = json.loads((tmp_path / "smoke" / "pretrain" / "result.json").read_text())
+    assert process.wait() == 130 and "sft: stopped at step" in out, out
+
+    pretrain = tmp_path / "smoke" / "pretrain"
+    result = json.loads((pretrain / "result.json").read_text())
     assert result["metrics"]["resumed_at"] >= 10
-    records = read_metrics(tmp_path / "smoke" / "pretrain" / "metrics.jsonl")
-    steps = [record["step"] for record in records if "train/loss_step" in record]
-    assert steps == list(range(60))
-    undisturbed = json.loads((calm / "pretrain" / "result.json").read_text())
-    assert result["metrics"]["val/bpb"] == pytest.approx(undisturbed["metrics"]["val/bpb"], rel=2e-2)
+    records = read_metrics(pretrain / "metrics.jsonl")
+    assert [record["step"] for record in records if "train/loss_step" in record] == list(range(60))
+
+    code, out = run(tmp_path, *command)
+    assert code == 0, out
+    for said in ("tokenizer: done before, skipped", "pretrain: done before, skipped", "sft: goes on"):
+        assert said in out
     report = (tmp_path / "smoke" / "report" / "report.md").read_text()
     assert "BASE | SFT" in report and "pretrain_loss.png" in report
-
-
-def test_sigterm_on_ray_saves_and_goes_on(tmp_path):
-    process = start(tmp_path, "speedrun.py", *SMOKE)
-    wait_for_step(process, 10, "sft")
-    process.terminate()
-    out = process.stdout.read()
-    assert process.wait() == 130 and "sft: stopped at step" in out
-    code, out = run(tmp_path, "speedrun.py", *SMOKE)
-    assert code == 0 and "sft: goes on" in out and "pretrain: done before, skipped" in out, out
 
 
 def free_port() -> int:
@@ -110,18 +102,56 @@ def head(tmp_path):
     shutil.rmtree(short, ignore_errors=True)
 
 
+def ask(url: str) -> Any:
+    """What the dashboard answers, None as long as it has none."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.load(response)
+    except (OSError, ValueError):
+        return None
+
+
+def look(address: str, seen: dict[str, set[str]]) -> None:
+    """Collect the names that the dashboard shows now."""
+    runs = ask(f"{address}/api/train/v2/runs/v1") or {"train_runs": []}
+    assert SECRET not in json.dumps(runs)
+    seen["train"] |= {f"{found['name']} {found['status']}" for found in runs["train_runs"]}
+    jobs = ask(f"{address}/api/jobs/") or []
+    seen["jobs"] |= {job["status"] for job in jobs if job["submission_id"] == "smoke-1"}
+    for job in jobs:
+        data = ask(f"{address}/api/data/datasets/{job['job_id']}") if job["job_id"] else None
+        seen["data"] |= {found["dataset"].rsplit("_", 1)[0] for found in (data or {"datasets": []})["datasets"]}
+    actors = ask(f"{address}/api/v0/actors?detail=1")
+    if actors is not None:
+        found = actors["data"]["result"]["result"]
+        seen["actors"] |= {actor["class_name"] for actor in found} | {actor["name"] or "" for actor in found}
+
+
 def test_submitted_to_a_running_cluster(head, tmp_path):
+    """The whole road on a cluster, with names in the dashboard's views that a person can read, and no keys."""
     address, env = head
     ray = Path(sys.executable).parent / "ray"
-    command = [str(ray), "job", "submit", "--address", address, "--working-dir", str(JOBS.parent), "--",
+    command = [str(ray), "job", "submit", "--address", address, "--submission-id", "smoke-1",
+               "--runtime-env-json", json.dumps({"env_vars": {"WANDB_API_KEY": SECRET}}),
+               "--working-dir", str(JOBS.parent), "--",
                sys.executable, "jobs/speedrun.py", *SMOKE, "--storage", str(tmp_path / "runs")]  # fmt: skip
     deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-        if done.returncode == 0 or time.monotonic() > deadline or "onnect" not in done.stdout + done.stderr:
-            break
-        time.sleep(2)  # the dashboard is not up yet
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Ray: joined" in done.stdout and "chat with it" in done.stdout
+    while ask(f"{address}/api/version") is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    seen: dict[str, set[str]] = {name: set() for name in ("train", "jobs", "data", "actors")}
+    with open(tmp_path / "out.txt", "w+") as out:
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            look(address, seen)
+            time.sleep(0.5)
+        look(address, seen)
+        out.seek(0)
+        said = out.read()
+    assert process.returncode == 0, said[-5000:]
+    assert "Ray: joined" in said and "chat with it" in said
     assert (tmp_path / "runs" / "smoke" / "report" / "report.md").exists()
     assert (tmp_path / "runs" / "smoke" / "chat_eval" / "_SUCCESS").exists()
+    assert {"smoke-pretrain-1 RUNNING", "smoke-sft-1 FINISHED"} <= seen["train"]
+    assert {"RUNNING", "SUCCEEDED"} <= seen["jobs"]
+    assert {"smoke pretrain rows", "smoke sft rows"} <= seen["data"]
+    assert {"RowDealer", "RayTrainWorker", "evaluate smoke pretrain step 60 #0"} <= seen["actors"]

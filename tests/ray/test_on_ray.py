@@ -36,14 +36,13 @@ def losses_of(job) -> list[float]:
     return [record["train/loss_step"] for record in records if "train/loss_step" in record]
 
 
-@pytest.mark.parametrize("source", ["text", "conversations"])
 @pytest.mark.parametrize("cursor", [Cursor(), Cursor(0, 0, 5)])
-def test_the_dealt_rows_are_the_plain_ones(plain, source, cursor):
+def test_the_dealt_conversations_are_the_plain_ones(plain, cursor):
     import ray
 
     from nanochat_ray.data.dealer import batches_from, start_dealer
 
-    rows = plain[1][1] if source == "text" else plain[2][1]
+    rows = plain[2][1]
     world, first_step, n_steps = 3, 2, 7
     dealer = start_dealer(rows, ROWS_PER_STEP, world, actors=2)
     ray.get(dealer.open.remote("a", cursor, first_step, world))
@@ -61,19 +60,6 @@ def test_the_dealt_rows_are_the_plain_ones(plain, source, cursor):
             assert (got.mask is None) == (want.mask is None)
             if got.mask is not None:
                 np.testing.assert_array_equal(got.mask, want.mask)
-    ray.kill(dealer)
-
-
-def test_what_packing_raises_reaches_the_ranks(plain, tmp_path, shards):
-    import ray
-
-    from nanochat_ray.data.dealer import batches_from, start_dealer
-
-    _, rows = make_run(tmp_path, shards, plain[1][0].settings.model_copy(update={"max_seq_len": 2**14}))
-    dealer = start_dealer(rows, ROWS_PER_STEP, 1, actors=1)
-    ray.get(dealer.open.remote("a", Cursor(), 0, 1))
-    with pytest.raises(ValueError, match="fills a row"):
-        next(batches_from(dealer, "a", 0, 0))
     ray.kill(dealer)
 
 
