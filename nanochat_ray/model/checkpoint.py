@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,24 +122,25 @@ def load_weights(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def snapshot(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU, which no later update changes.
+def snapshot(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU by name, which no later update changes.
 
     From CUDA all copies are queued into pinned memory and waited for once; torch keeps that memory for the next time.
     """
-    copies = {}
-    for name, tensor in tensors.items():
+    copies, queued = {}, False
+    for name, tensor in tensors:
         pinned = tensor.device.type == "cuda"
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         copies[name] = copy.copy_(tensor.detach(), non_blocking=pinned)
-    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        queued |= pinned
+    if queued:
         torch.cuda.synchronize()
     return copies
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """Copies of all parameters on the CPU by name."""
-    return snapshot(model.state_dict())
+    return snapshot(model.state_dict().items())
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -9,13 +9,16 @@ Nothing needs `torch.compile`.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat_ray.model.checkpoint import snapshot
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim_shards import AdamWShard, MuonShard, OptimShard, ParamGroup, Pending, Ranks
 
@@ -162,12 +165,11 @@ class MuonAdamW:
 
         The result does not depend on the number of ranks.
         """
-        state: dict[str, Tensor] = {}
-        for shard in self.shards:
-            for name, tensor in shard.full_state():
-                if self.ranks.rank == 0:
-                    state[name] = tensor.to("cpu", copy=True)
-        return state
+        full = chain.from_iterable(shard.full_state() for shard in self.shards)
+        if self.ranks.rank == 0:
+            return snapshot(full)
+        deque(full, maxlen=0)  # takes part in the collectives
+        return {}
 
     @torch.no_grad()
     def load_state_by_name(self, tensors: Mapping[str, Tensor]) -> None:

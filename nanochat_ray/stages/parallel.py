@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.messages import PackedBatch, World
-from nanochat_ray.model.checkpoint import load_weights
+from nanochat_ray.model.checkpoint import load_weights, model_tensors
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, Rates, build_optimizer
 from nanochat_ray.stages.ranks import sum_over_ranks
@@ -130,7 +130,7 @@ class Strategy(ABC):
         """Copies of all weights by name on rank 0's CPU; empty elsewhere."""
         if self.world.rank != 0:
             return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+        return model_tensors(self.model)
 
     @abstractmethod
     def optimizer_tensors(self) -> dict[str, Tensor]:

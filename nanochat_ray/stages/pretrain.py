@@ -150,7 +150,6 @@ def run_loop(
             n_targets, stop, save_now = agree(
                 count_targets(batch), hooks, world, timed_saves=settings.save_every is None
             )
-            loss = strategy.accumulate(batch, n_targets, settings.device_batch_size)
             lr = lr_multiplier(
                 state.step, horizon, settings.warmup_steps, settings.warmdown_ratio, settings.final_lr_frac
             )
@@ -158,6 +157,7 @@ def run_loop(
                 lr, muon_momentum(state.step, horizon, settings.warmdown_ratio),
                 muon_weight_decay(state.step, horizon, plan.weight_decay),
             )
+            loss = strategy.accumulate(batch, n_targets, settings.device_batch_size)
             grad_norm = strategy.update()
             seconds = clock.seconds()
             state.counts += batch.counts

@@ -182,12 +182,12 @@ def run_loop(
             n_targets, stop, save_now = agree(
                 count_targets(batch), hooks, world, timed_saves=settings.save_every is None
             )
-            loss = strategy.accumulate(batch, max(1, n_targets), settings.device_batch_size)
             lr = sft_lr_multiplier(
                 schedule_progress(settings, state.step, batch.progress),
                 settings.warmup_ratio, settings.warmdown_ratio, settings.final_lr_frac,
             )
             strategy.set_schedule(lr, sft_muon_momentum(state.step), 0.0)
+            loss = strategy.accumulate(batch, max(1, n_targets), settings.device_batch_size)
             grad_norm = strategy.update()
             seconds = clock.seconds()
             n_tokens = settings.total_batch_size

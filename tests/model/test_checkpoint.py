@@ -65,7 +65,7 @@ def test_what_was_saved_comes_back(tmp_path):
 def test_a_snapshot_does_not_follow_its_source():
     model = GPT.build(SMALL, device="cpu", compute_dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copies = model_tensors(model) | snapshot({"turned": torch.arange(6).view(2, 3).t()})
+    copies = model_tensors(model) | snapshot([("turned", torch.arange(6).view(2, 3).t())])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
