@@ -37,7 +37,7 @@ from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, Trainin
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource
 from nanochat_ray.stages.sft import SFTJob, finetune
-from nanochat_ray.train.room import Workers, room_for_more, wait_for_room
+from nanochat_ray.train.room import Workers, give_back, groups_of_this_job, room_for_more, wait_for_room
 from nanochat_ray.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def launch(
         ),
         run_config=run_config,
     )
-    running = Launch(job, dealer, count)
+    running, groups_before = Launch(job, dealer, count), groups_of_this_job()
     try:
         running.start(trainer)
         return running.wait(workers, hang_s)
@@ -219,6 +219,7 @@ def launch(
         raise known[0] from error
     finally:
         ray.kill(dealer)
+        give_back(groups_of_this_job() - groups_before)
         shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
 
 

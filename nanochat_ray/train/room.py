@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from nanochat_ray.messages import ClusterError
 
@@ -106,6 +112,23 @@ def room_for_more(workers: Workers, count: int) -> bool:
         return group.wait(TRY_S)
     finally:
         remove_placement_group(group)
+
+
+def groups_of_this_job() -> set[str]:
+    """Ids of the placement groups that processes of this job hold or wait for."""
+    job_id = ray.get_runtime_context().get_job_id()  # which ends the id of everything that a job makes
+    table = placement_group_table()
+    return {name for name, group in table.items() if name.endswith(job_id) and group["state"] != "REMOVED"}
+
+
+def give_back(groups: set[str]) -> None:
+    """Remove placement groups by their ids.
+
+    Ray Train's controller leaves its group behind when it is killed: its cleaner asks the dashboard whether the
+    controller lives, and a private cluster has none.
+    """
+    for name in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _enough_in_total(workers: Workers, count: int) -> bool:
