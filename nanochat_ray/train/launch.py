@@ -299,4 +299,4 @@ def _last_line(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         return "its process died"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+    return lines[-1].split(" Worker exit type")[0][:200] if lines else type(error).__name__

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _runtime import available_cpus
 
-from tests.jobs.running import run, start
+from tests.jobs.running import end, run, start
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +24,15 @@ SAVE_EVERY = 5
 STEPS = 150
 TOKENIZER = ("--data", "embedded", "--model-tag", "m", "--vocab-size", "512", "--max-chars", "2000000")
 SIZES = ("--data", "embedded", "--model-tag", "m", "--save-every", str(SAVE_EVERY), "--num-iterations", str(STEPS),
-         "--hang-s", "30")  # fmt: skip
+         "--hang-s", "30", "--dtype", "float32")  # fmt: skip
 PRETRAIN = ("pretrain.py", *SIZES, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128",
             "--total-batch-size", "1024", "--device-batch-size", "8", "--eval-every", "50", "--eval-tokens", "2048",
             "--core-metric-every", "-1", "--sample-every", "-1")  # fmt: skip
 SFT = ("sft.py", *SIZES, "--eval-every", "50", "--eval-tokens", "2048", "--chatcore-every", "-1")
 NAMES = {"worker": "RayTrainWorker", "controller": "TrainController", "dealer": "RowDealer", "packing": "PackItems"}
+
+IN_PRETRAINING = {"worker": 4, "controller": 2, "dealer": 2, "packing": 1, "driver": 1}
+IN_FINETUNING = {"worker": 4, "controller": 1, "dealer": 1, "packing": 1, "driver": 2, "frozen": 1}
 
 
 def raw_steps(stage: Path) -> list[int]:
@@ -109,14 +113,6 @@ class Chaos:
         self.log.close()
 
 
-def end(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
 def weights(stage: Path) -> str:
     return hashlib.sha256((stage / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors").read_bytes()).hexdigest()
 
@@ -129,10 +125,10 @@ def losses(stage: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> Path:
-    """Both stages, undisturbed, in one process."""
+    """Both stages, undisturbed, in one process with as many threads as the one worker has."""
     storage = tmp_path_factory.mktemp("calm")
     for command in (("tok_train.py", *TOKENIZER), PRETRAIN, SFT):
-        code, out = run(storage, *command, "--no-ray")
+        code, out = run(storage, *command, "--no-ray", OMP_NUM_THREADS=str(available_cpus()))
         assert code == 0, out
     return storage / "m"
 
@@ -142,9 +138,8 @@ def test_kill_anything(calm, tmp_path):
     assert code == 0, out
     chance = random.Random(SEED)
     done = []
-    for command in (PRETRAIN, SFT):
-        kinds = ["worker"] * 4 + ["controller"] * 2 + ["dealer"] * 2 + ["packing"] + ["driver"] * 2
-        kinds += ["frozen"] if command is SFT else []
+    for command, kinds in ((PRETRAIN, IN_PRETRAINING), (SFT, IN_FINETUNING)):
+        kinds = [kind for kind, times in kinds.items() for _ in range(times)]
         chance.shuffle(kinds)
         chaos = Chaos(tmp_path, command, chance)
         try:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 JOBS = Path(__file__).parent.parent.parent / "jobs"
 
 
@@ -30,3 +32,12 @@ def run(storage: Path, job: str, *flags: str, **env: str) -> tuple[int, str]:
     process = start(storage, job, *flags, **env)
     out, _ = process.communicate(timeout=500)
     return process.returncode, out
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """End processes that this test started, by their ids."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from nanochat_ray.report.metrics_log import read_metrics
-from tests.jobs.running import JOBS, environment, run, start
+from tests.jobs.running import JOBS, end, environment, run, start
 
 pytestmark = pytest.mark.slow
 SMOKE = ("--preset", "smoke")
@@ -35,15 +35,6 @@ def wait_for_step(process: subprocess.Popen, step: int, stage: str) -> None:
         if inside and found and int(found[1]) >= step:
             return
     raise AssertionError(f"{stage} ended before step {step}")
-
-
-def end(processes: list[psutil.Process]) -> None:
-    """End processes that this test started, by their ids."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 def test_killed_then_stopped_then_done(tmp_path):
