@@ -42,7 +42,8 @@ BYTES_AHEAD = 256 << 20
 MIN_STEPS_AHEAD = 4
 WAIT_S = 600.0
 SAY_EVERY_S = 30.0
-TURN_S = 20.0  # one call of a packing process that waits
+TURN_S = 6.0  # one call of a packing process that waits
+HUNGRY_S = 5.0  # without the next item, after which those behind it may be packed too
 DEAF_S = 300.0  # a dealer that has not answered a packing process for so long is given up
 
 
@@ -151,6 +152,7 @@ class RowDealer:
         self._error: BaseException | None = None
         self._end: int | None = None
         self._taken = 0  # items of the stream that were needed so far
+        self._hungry_since: float | None = None  # while the next one is waited for
         self._asked_s = time.monotonic()
 
     def __repr__(self) -> str:
@@ -199,11 +201,14 @@ class RowDealer:
     def may_pack(self, stream: str, number: int) -> int | None:
         """The first item that is too far ahead to be packed, ITEMS_AHEAD per packing process; None: the stream is gone.
 
-        Waits until item `number` may be, but not long: who asks has to ask again.
+        Waits until item `number` may be, but not long: who asks has to ask again. While the next item is missing, all
+        may: it may be queued behind an item that waits here, since its own process died.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._stream != stream or number < self._too_far(), timeout=TURN_S)
-            return self._too_far() if self._stream == stream else None
+            hungry = self._hungry_since is not None and time.monotonic() - self._hungry_since > HUNGRY_S
+            too_far = max(self._too_far(), number + 1 if hungry else 0)
+            return too_far if self._stream == stream else None
 
     def _too_far(self) -> int:
         return self._taken + ITEMS_AHEAD * self.actors
@@ -219,7 +224,12 @@ class RowDealer:
         this = ray.get_runtime_context().current_actor
         name = f"{self.name} rows"
         items = packed_items(self.source, cursor, self.actors, this, stream, name, self.per_execution)
-        for taken, packed in enumerate(items, 1):
+        for taken in count(1):
+            self._hungry_since = time.monotonic()
+            packed = next(items, None)
+            self._hungry_since = None
+            if packed is None:
+                return
             with self._changed:
                 if self._stream != stream:
                     return
