@@ -73,6 +73,10 @@ class Hooks(Protocol):
         """Wait until all that was handed over is stored."""
         ...
 
+    def beat(self) -> None:
+        """This rank lives, though it may be long until its next step. For all ranks."""
+        ...
+
 
 class FolderHooks:
     """Hooks that write into the stage's folder: metrics (and wandb), and checkpoints guarded by the run's lease.
@@ -84,12 +88,13 @@ class FolderHooks:
 
     def __init__(
         self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None,
-        keep_last: int | None = None, background: bool = False,
+        keep_last: int | None = None, background: bool = False, beat: Callable[[], None] = lambda: None,
     ):
         self.folder = stage_folder
         self.lease_epoch = lease_epoch
         self.world = world
         self.tracker = tracker
+        self.beat = beat
         self.keep_last = RunSettings().keep_checkpoints if keep_last is None else keep_last
         self.checkpoint_stall_s = 0.0  # of all saves together
         self._writer = ThreadPoolExecutor(1, "checkpoint") if background and world.rank == 0 else None
