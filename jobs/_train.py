@@ -32,10 +32,7 @@ def train(
 
         settings, use_gpu = job.settings, job.device.startswith("cuda")
         at_least, at_most = settings.worker_range
-        workers = Workers(
-            at_least, at_most, use_gpu, threads_each=None if use_gpu else job.threads,
-            data_actors=at_most if use_gpu else 1,
-        )
+        workers = Workers(at_least, at_most, use_gpu, threads_each=None if use_gpu else job.threads)
         patience = Patience(
             settings.max_restarts, settings.wait_s, settings.hang_s, can_grow=bool(os.environ.get("RAY_ADDRESS"))
         )

@@ -11,14 +11,15 @@ from _runtime import Job, main, open_job
 from nanochat_ray.config import PretrainSettings, RunSettings, TokenizerSettings
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import RunDir, read_json, write_json
 
+WENT_BACK_FILE = "went_back.json"
 logger = logging.getLogger("nanochat_ray")
 
 
 def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
     from _train import other_optimizer, train
 
-    from nanochat_ray.model.checkpoint import drop_after
     from nanochat_ray.stages.pretrain import PretrainJob
     from nanochat_ray.stages.rows import CorpusRows
     from nanochat_ray.text.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
             notes.skip("CORE while training", "no CORE bundle below the storage; name one with --eval-bundle")
         manifest.check()
         if settings.resume_from_step is not None:
-            drop_after(job.run_dir.checkpoints("pretrain"), settings.resume_from_step)
+            go_back(job.run_dir, settings.resume_from_step)
         stage = PretrainJob(
             settings, job.run_dir.stage("pretrain"), tokenizer_folder, manifest, job.settings.dtype, bundle,
             job.settings.parallel,
@@ -52,6 +53,18 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
         result = train(job, stage, rows, plan.rows_per_step, plan.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}
+
+
+def go_back(run_dir: RunDir, step: int) -> None:
+    """Drop the checkpoints behind a step, once: the same command given again, after a crash, goes on."""
+    from nanochat_ray.model.checkpoint import drop_after
+
+    done = run_dir.stage("pretrain") / WENT_BACK_FILE
+    if done.exists() and read_json(done)["step"] == step:
+        logger.info("pretrain: went back to step %d before; delete %s to go back again", step, done)
+        return
+    drop_after(run_dir.checkpoints("pretrain"), step)
+    write_json(done, {"step": step})
 
 
 def refuse_early(run: RunSettings, settings: PretrainSettings) -> None:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 import numpy as np
 
+PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_", "DS_ACCELERATOR")
 FinishReason = Literal["stop", "length"]
 
 
 class ClusterError(RuntimeError):
     """The cluster cannot give what a job needs, or lost it too often."""
+
+
+@dataclass(frozen=True)
+class PassedOn:
+    """What the driver's environment says to processes on other machines: names of trackers, keys of stores.
+
+    It travels with a call's arguments. The dashboard would show a runtime environment, keys and all.
+    """
+
+    values: dict[str, str] = field(repr=False)
+
+    @staticmethod
+    def here() -> PassedOn:
+        return PassedOn({name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)})
+
+    def take(self) -> None:
+        """Make it this process' environment too."""
+        os.environ.update(self.values)
 
 
 @dataclass(frozen=True)

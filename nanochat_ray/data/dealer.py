@@ -26,7 +26,7 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray.corpus.items import Visit
-from nanochat_ray.messages import ClusterError, Cursor, PackCounts, PackedBatch, PackedRows
+from nanochat_ray.messages import ClusterError, Cursor, PackCounts, PackedBatch, PackedRows, PassedOn
 from nanochat_ray.stages.rows import RowSource, row_blocks, visits_from
 from nanochat_ray.text.packing import cut_steps
 
@@ -54,7 +54,8 @@ class PackItems:
     keeps a CPU busy with waiting.
     """
 
-    def __init__(self, source: RowSource, dealer: DealerHandle, stream: str):
+    def __init__(self, source: RowSource, dealer: DealerHandle, stream: str, passed_on: PassedOn):
+        passed_on.take()
         self.source, self.dealer, self.stream = source, dealer, stream
         self.may_pack = 0  # items of the stream before this number are near their use
 
@@ -126,7 +127,7 @@ def packed_items(
     while batch := dict(islice(visits, per_execution)):
         numbered = [{"number": number, "item": visit.item} for number, visit in batch.items()]
         dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
-            PackItems, fn_constructor_args=(source, dealer, stream), batch_size=1, num_cpus=1,
+            PackItems, fn_constructor_args=(source, dealer, stream, PassedOn.here()), batch_size=1, num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(numbered)), max_tasks_in_flight_per_actor=4),
         )
         dataset.set_name(name)
@@ -141,8 +142,9 @@ class RowDealer:
     """Cuts the stream into optimizer steps and hands each rank its part. Waiting calls run in threads of their own."""
 
     def __init__(
-        self, source: RowSource, rows_per_step: int, actors: int, name: str, per_execution: int = ITEMS_PER_EXECUTION
+        self, source: RowSource, rows_per_step: int, actors: int, name: str, per_execution: int, passed_on: PassedOn
     ):
+        passed_on.take()
         set_up_ray_data(actors)
         self.per_execution = per_execution
         self.source, self.rows_per_step, self.actors, self.name = source, rows_per_step, actors, name
@@ -289,7 +291,7 @@ def start_dealer(
     options = actor_class.options(
         num_cpus=0, max_concurrency=calls, enable_task_events=False, scheduling_strategy=here
     )
-    return options.remote(source, rows_per_step, actors, name, per_execution)
+    return options.remote(source, rows_per_step, actors, name, per_execution, PassedOn.here())
 
 
 def batches_from(

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from nanochat_ray.config import THREADS_ENV
-from nanochat_ray.messages import ClusterError
+from nanochat_ray.messages import ClusterError, PassedOn
 from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, Record, Unit
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ _numbers = itertools.count()  # of the actors of this process, whose names may n
 class EvalActor:
     """An evaluator with the model loaded, in a process of its own."""
 
-    def __init__(self, spec: EvalSpec):
+    def __init__(self, spec: EvalSpec, passed_on: PassedOn):
+        passed_on.take()
         self.spec = spec
 
     def ready(self) -> int:
@@ -56,7 +57,7 @@ def actor_starter(spec: EvalSpec, threads: int) -> Callable[[], ray.actor.ActorH
     remote: Any = ray.remote(EvalActor)
     env = {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}
     options = {"num_cpus": 1, "num_gpus": int(spec.device.startswith("cuda")), "runtime_env": {"env_vars": env}}
-    return lambda: remote.options(name=f"{spec.name} #{next(_numbers)}", **options).remote(spec)
+    return lambda: remote.options(name=f"{spec.name} #{next(_numbers)}", **options).remote(spec, PassedOn.here())
 
 
 def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:

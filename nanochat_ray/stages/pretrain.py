@@ -31,8 +31,10 @@ from nanochat_ray.stages.step import (
     QuietGarbageCollector,
     Saver,
     agree,
+    check_loss,
     checkpoint_to_go_on_from,
     count_targets,
+    evaluating,
     load_checkpoint,
     mfu,
     validation_bpb,
@@ -125,20 +127,20 @@ def run_loop(
                 hooks.flush()
                 return {"status": "stopped", "step": state.step, "metrics": metrics}
             if settings.eval_every and (last or state.step % settings.eval_every == 0):
-                with strategy.full_weights() as model:
+                with evaluating(strategy, hooks) as model:
                     state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
                 metrics |= {"val/bpb": state.val_bpb, "val/min_bpb": state.min_val_bpb}
                 if rank0:
                     hooks.report(state.step, {"val/bpb": state.val_bpb})
                     hooks.note_bpb(state.step, state.val_bpb)
             if job.eval_bundle is not None and due(settings.core_metric_every):
-                with strategy.full_weights() as model:
+                with evaluating(strategy, hooks) as model:
                     core = core_in_loop(model, tokenizer, job.eval_bundle, settings.core_metric_max_per_task, world)
                 metrics |= core
                 if rank0:
                     hooks.report(state.step, core)
             if due(settings.sample_every):
-                with strategy.full_weights() as model:
+                with evaluating(strategy, hooks) as model:
                     if rank0:
                         hooks.report(state.step, {"samples": sample_completions(model, tokenizer)})
             if last:
@@ -158,6 +160,7 @@ def run_loop(
                 muon_weight_decay(state.step, horizon, plan.weight_decay),
             )
             loss = strategy.accumulate(batch, n_targets, settings.device_batch_size)
+            check_loss(loss, state.step, strategy.model.compute_dtype)
             grad_norm = strategy.update()
             seconds = clock.seconds()
             state.counts += batch.counts

@@ -31,8 +31,10 @@ from nanochat_ray.stages.step import (
     QuietGarbageCollector,
     Saver,
     agree,
+    check_loss,
     checkpoint_to_go_on_from,
     count_targets,
+    evaluating,
     load_checkpoint,
     mfu,
     validation_bpb,
@@ -164,14 +166,14 @@ def run_loop(
                 hooks.flush()
                 return {"status": "stopped", "step": state.step, "metrics": metrics}
             if last or (settings.eval_every and state.step % settings.eval_every == 0):
-                with strategy.full_weights() as model:
+                with evaluating(strategy, hooks) as model:
                     state.note_bpb(validation_bpb(model, val_rows, token_bytes, settings.device_batch_size, world))
                 metrics |= {"val/bpb": state.val_bpb, "val/min_bpb": state.min_val_bpb}
                 if rank0:
                     hooks.report(state.step, {"val/bpb": state.val_bpb})
                     hooks.note_bpb(state.step, state.val_bpb)
             if job.chat_tasks is not None and due(settings.chatcore_every) and not last:
-                with strategy.full_weights() as model:
+                with evaluating(strategy, hooks) as model:
                     scores = chatcore_in_loop(model, tokenizer, job.chat_tasks, world)
                 if rank0:
                     hooks.report(state.step, scores)
@@ -188,6 +190,7 @@ def run_loop(
             )
             strategy.set_schedule(lr, sft_muon_momentum(state.step), 0.0)
             loss = strategy.accumulate(batch, max(1, n_targets), settings.device_batch_size)
+            check_loss(loss, state.step, strategy.model.compute_dtype)
             grad_norm = strategy.update()
             seconds = clock.seconds()
             n_tokens = settings.total_batch_size

@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ class LoopState:
         self.step += 1
 
     def smooth(self, loss: float) -> float:
-        """Fold a loss in; returns the debiased moving average as it stands after this step."""
+        """Fold a loss in; returns the debiased moving average as it stands after this step.
+
+        An infinite loss, whose step float16's scaler skips, is left out.
+        """
+        loss = loss if math.isfinite(loss) else self.loss_ema
         self.loss_ema = EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss
         return self.loss_ema / (1 - EMA_DECAY ** (self.step + 1))
 
@@ -111,6 +116,29 @@ def checkpoint_to_go_on_from(root: Path, world: World) -> Checkpoint | None:
     if step < 0:
         return None
     return found or open_checkpoint(root, step)
+
+
+def check_loss(loss: float, step: int, dtype: torch.dtype) -> None:
+    """Raise FloatingPointError where training has diverged, before that gets into the weights or a checkpoint.
+
+    In float16 the loss scaler has the last word.
+    """
+    if not math.isfinite(loss) and dtype != torch.float16:
+        raise FloatingPointError(
+            f"the loss at step {step} is {loss}: training has diverged. Lower the learning rates, or go back with "
+            "--resume-from-step; the checkpoints before are kept"
+        )
+
+
+@contextmanager
+def evaluating(strategy: Strategy, hooks: Hooks) -> Iterator[GPT]:
+    """The network with its whole weights; each of its passes is a sign of life, since evaluations may take long."""
+    with strategy.full_weights() as model:
+        handle = model.register_forward_hook(lambda *_: hooks.beat())
+        try:
+            yield model
+        finally:
+            handle.remove()
 
 
 class Batches:

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
-from nanochat_ray.messages import ClusterError, Cursor, World
+from nanochat_ray.messages import ClusterError, Cursor, PassedOn, World
 from nanochat_ray.model.checkpoint import saved_steps
 from nanochat_ray.observe.metrics import RayGauges
 from nanochat_ray.report.tracker import Tracker
@@ -46,20 +46,9 @@ RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself 
 LOOK_EVERY_S = 2.0
 OPEN_S = 60.0
 GROW_EVERY_S = 60.0
-PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "DS_ACCELERATOR")
-USER_ERRORS = (ValueError, OSError, StaleWriterError)  # what a person, a disk or another job caused, but for
+# What a person, a disk, another job or the numbers caused, so that trying again would end in the same way; but for
+USER_ERRORS = (ValueError, OSError, StaleWriterError, FloatingPointError, torch.OutOfMemoryError)
 PASSING_ERRORS = (ConnectionError, TimeoutError)  # which are OSErrors too
-@dataclass(frozen=True)
-class PassedOn:
-    """What the driver's environment says to the workers. The dashboard would show a runtime_env, keys and all."""
-
-    values: dict[str, str] = field(repr=False)
-
-    @staticmethod
-    def of(environment: Mapping[str, str]) -> PassedOn:
-        return PassedOn({name: value for name, value in environment.items() if name.startswith(PASSED_ON)})
-
-
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
@@ -79,8 +68,11 @@ class RayHooks(FolderHooks):
     That report is a barrier of all ranks.
     """
 
-    def __init__(self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None, keep_last: int):
-        super().__init__(stage_folder, lease_epoch, world, tracker, keep_last, background=True)
+    def __init__(
+        self, stage_folder: Path, lease_epoch: int, world: World, tracker: Tracker | None, keep_last: int,
+        beat: Callable[[], None],
+    ):
+        super().__init__(stage_folder, lease_epoch, world, tracker, keep_last, background=True, beat=beat)
         self.gauges = RayGauges(stage_folder.name, stage_folder.parent.name)
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -100,6 +92,7 @@ class Launch:
     job: PretrainJob | SFTJob
     dealer: DealerHandle
     count: int
+    look_every_s: float  # for room to grow
     outcome: dict[str, Any] = field(default_factory=dict)
 
     def start(self, trainer: Any) -> None:
@@ -125,7 +118,7 @@ class Launch:
         stop_file = self.job.stage_folder / STOP_FILE
         while self.thread.is_alive():
             self.thread.join(LOOK_EVERY_S)
-            if time.monotonic() - looked < min(GROW_EVERY_S, hang_s):
+            if time.monotonic() - looked < min(self.look_every_s, hang_s):
                 continue
             looked = time.monotonic()
             if not stop_file.exists() and stop_file.parent.is_dir() and room_for_more(workers, self.count):
@@ -156,22 +149,28 @@ def fit(
     stage = job.stage_folder.name
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, patience.hang_s)))
     launches = failures = 0
+    grow_every_s, wanted_more_than = GROW_EVERY_S, 0
     while True:
         saved = newest_step(job)
         count = wait_for_room(workers, stage, patience.wait_s, patience.can_grow, asked_to_stop)
         if count is None:
             return {"status": "stopped", "step": saved, "metrics": {}}
         launches += 1
+        if wanted_more_than and count <= wanted_more_than:  # others were faster: ask less and less often
+            grow_every_s *= 2
+        wanted_more_than = 0
         epoch = lease.advance() if launches > 1 else lease.epoch
         try:
             settings = {"job": job, "lease_epoch": epoch, "tracker_run": tracker_run, "hang_s": patience.hang_s,
-                        "keep_last": keep_last}  # fmt: skip
+                        "keep_last": keep_last, "grow_every_s": grow_every_s}  # fmt: skip
             result = launch(job, source, rows_per_step, workers, count, settings)
         except Exception as error:
             if no_use_to_retry(error):
                 raise
+            if not asked_to_stop():
+                clear_stop(job.stage_folder)  # the request of a launch that died before it grew
             reached = newest_step(job)
-            failures = 1 if reached > saved else failures + 1
+            failures = 0 if reached > saved else failures + 1
             if failures > patience.max_restarts:
                 raise ClusterError(
                     f"{stage} failed {failures} times in a row without a new checkpoint (--max-restarts "
@@ -182,6 +181,9 @@ def fit(
             continue
         if result["status"] == "stopped" and not asked_to_stop():  # but by this launch, to grow
             clear_stop(job.stage_folder)
+            if asked_to_stop():  # meanwhile
+                request_stop(job.stage_folder)
+            wanted_more_than = count
             continue
         return result | {"metrics": result["metrics"] | {"launches": launches}}
 
@@ -192,7 +194,7 @@ def launch(
 ) -> dict[str, Any]:
     """One group of `count` workers, from the newest checkpoint to its result or its failure."""
     tag, stage, hang_s = job.stage_folder.parent.name, job.stage_folder.name, settings["hang_s"]
-    dealer = start_dealer(source, rows_per_step, count, workers.data_actors, f"{tag} {stage}")
+    dealer = start_dealer(source, rows_per_step, count, workers.data_actors(count), f"{tag} {stage}")
     run_config: Any = RunConfig(
         name=f"{tag}-{stage}-{settings['lease_epoch']}",  # fresh: our manifest is the truth
         storage_path=str(job.stage_folder / RAY_FOLDER),
@@ -201,14 +203,14 @@ def launch(
     )
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config=settings | {"dealer": dealer, "passed_on": PassedOn.of(os.environ)},
+        train_loop_config=settings | {"dealer": dealer, "passed_on": PassedOn.here()},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(hang_s) + 1),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
         ),
         run_config=run_config,
     )
-    running, groups_before = Launch(job, dealer, count), groups_of_this_job()
+    running, groups_before = Launch(job, dealer, count, settings["grow_every_s"]), groups_of_this_job()
     try:
         running.start(trainer)
         return running.wait(workers, hang_s)
@@ -242,7 +244,7 @@ def worker_environment(workers: Workers) -> dict[str, str]:
 
 def train_worker(config: dict[str, Any]) -> Any:
     """What each Ray Train worker runs."""
-    os.environ.update(config["passed_on"].values)
+    config["passed_on"].take()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     context = ray.train.get_context()
     world = World(
@@ -252,14 +254,16 @@ def train_worker(config: dict[str, Any]) -> Any:
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     job = config["job"]
-    tracker = None
-    if world.rank == 0:
-        pull_records(job.stage_folder)
-        tracker = Tracker(job.stage_folder, config["tracker_run"], job.settings.model_dump(mode="json"))
-    hooks = RayHooks(job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"])
     stream = f"{job.stage_folder.name}-{config['lease_epoch']}"
+    tracker = hooks = None
     with Watchdog(job.stage_folder, world.rank, config["hang_s"]) as watchdog:
         try:
+            if world.rank == 0:
+                pull_records(job.stage_folder)
+                tracker = Tracker(job.stage_folder, config["tracker_run"], job.settings.model_dump(mode="json"))
+            hooks = RayHooks(
+                job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"], watchdog.beat
+            )
             batches = open_from(config["dealer"], world, stream, watchdog)
             return STAGES[type(job)](job, world, batches, hooks)
         except USER_ERRORS as error:
@@ -267,7 +271,8 @@ def train_worker(config: dict[str, Any]) -> Any:
                 raise
             return error
         finally:
-            hooks.close()
+            if hooks is not None:
+                hooks.close()
             if tracker is not None:
                 tracker.finish()
 

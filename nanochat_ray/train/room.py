@@ -34,19 +34,23 @@ class Workers:
     use_gpu: bool = False
     cpus_each: float = 1.0
     threads_each: int | None = None  # torch threads of a CPU worker; None: as Ray sets them
-    data_actors: int = 1  # processes that read, tokenize and pack
 
     @property
     def resources_each(self) -> dict[str, float]:
         return {"CPU": self.cpus_each} | ({"GPU": 1.0} if self.use_gpu else {})
 
+    def data_actors(self, count: int) -> int:
+        """Processes that read, tokenize and pack for `count` workers: one each for GPUs, which are fast, else one."""
+        return count if self.use_gpu else 1
+
     def bundles(self, count: int) -> list[dict[str, float]]:
         """What `count` workers and the packing beside them take."""
-        return [self.resources_each] * count + [{"CPU": 1.0}] * self.data_actors
+        return [self.resources_each] * count + [{"CPU": 1.0}] * self.data_actors(count)
 
     def need(self, count: int) -> str:
-        cpus, gpus = count * self.cpus_each + self.data_actors, f" and {count} GPU" if self.use_gpu else ""
-        return f"{cpus:g} CPU{gpus} ({count} x {self.cpus_each:g} CPU for workers, {self.data_actors} for data)"
+        packers, gpus = self.data_actors(count), f" and {count} GPU" if self.use_gpu else ""
+        cpus = count * self.cpus_each + packers
+        return f"{cpus:g} CPU{gpus} ({count} x {self.cpus_each:g} CPU for workers, {packers} for data)"
 
 
 def wait_for_room(
@@ -134,7 +138,7 @@ def give_back(groups: set[str]) -> None:
 def _enough_in_total(workers: Workers, count: int) -> bool:
     have = ray.cluster_resources()
     enough_gpus = not workers.use_gpu or have.get("GPU", 0) >= count
-    return enough_gpus and have.get("CPU", 0) >= count * workers.cpus_each + workers.data_actors
+    return enough_gpus and have.get("CPU", 0) >= count * workers.cpus_each + workers.data_actors(count)
 
 
 def _refuse_if_too_small(workers: Workers, what: str) -> None:

@@ -32,7 +32,7 @@ SFT = ("sft.py", *SIZES, "--eval-every", "50", "--eval-tokens", "2048", "--chatc
 NAMES = {"worker": "RayTrainWorker", "controller": "TrainController", "dealer": "RowDealer", "packing": "PackItems"}
 
 IN_PRETRAINING = {"worker": 4, "controller": 2, "dealer": 2, "packing": 1, "driver": 1}
-IN_FINETUNING = {"worker": 4, "controller": 1, "dealer": 1, "packing": 1, "driver": 2, "frozen": 1}
+IN_FINETUNING = {"worker": 4, "controller": 1, "dealer": 1, "packing": 1, "driver": 2, "frozen": 1, "stopped": 1}
 
 
 def raw_steps(stage: Path) -> list[int]:
@@ -70,7 +70,7 @@ class Chaos:
         """Wait until training is past its newest checkpoint by a few steps, then kill."""
         seen, ahead = len(raw_steps(self.stage)), self.random.randint(2, 2 * SAVE_EVERY)
         while len(raw_steps(self.stage)) < seen + ahead:
-            assert self.process.poll() is None, f"the job ended: {Path(self.log.name).read_text()[-3000:]}"
+            assert self.process.poll() is None, f"the job ended: {self.said()}"
             time.sleep(0.02)
         if kind == "driver":
             orphans = psutil.Process(self.process.pid).children(recursive=True)
@@ -79,6 +79,12 @@ class Chaos:
             self.begin()
             self.wait_for_life()
             end(orphans)
+        elif kind == "stopped":
+            self.process.terminate()
+            assert self.process.wait(timeout=60) == 130, self.said()
+            assert "stopped at step" in self.said()
+            self.begin()
+            self.wait_for_life()
         elif kind == "frozen":
             self.victim("RayTrainWorker").suspend()
             self.wait_for_life()
@@ -87,6 +93,9 @@ class Chaos:
             if kind != "packing":  # which Ray Data replaces by itself
                 self.wait_for_life()
         self.kills.append(kind)
+
+    def said(self) -> str:
+        return Path(self.log.name).read_text()[-3000:]
 
     def victim(self, name: str) -> psutil.Process:
         """The process of this job that a Ray actor lives in."""
@@ -104,12 +113,12 @@ class Chaos:
         """Until the job has recorded a step again."""
         before, deadline = len(raw_steps(self.stage)), time.monotonic() + 120
         while len(raw_steps(self.stage)) <= before:
-            assert self.process.poll() is None, f"the job ended: {Path(self.log.name).read_text()[-3000:]}"
+            assert self.process.poll() is None, f"the job ended: {self.said()}"
             assert time.monotonic() < deadline, f"no step for 120 s after {self.kills[-1:]}"
             time.sleep(0.02)
 
     def finish(self) -> None:
-        assert self.process.wait(timeout=200) == 0, Path(self.log.name).read_text()[-3000:]
+        assert self.process.wait(timeout=200) == 0, self.said()
         self.log.close()
 
 
@@ -152,4 +161,4 @@ def test_kill_anything(calm, tmp_path):
         assert max(lost_steps(chaos.stage)) <= 2 * SAVE_EVERY  # a checkpoint may be under way when its writer dies
         assert losses(chaos.stage) == losses(calm / chaos.stage.name)
         assert weights(chaos.stage) == weights(calm / chaos.stage.name)
-    assert len(done) >= 20 and set(done) == {*NAMES, "driver", "frozen"}
+    assert len(done) >= 20 and set(done) == {*NAMES, "driver", "frozen", "stopped"}

@@ -1,11 +1,9 @@
-"""Runs of minutes, on Ray as a person has it: killed and started again, and submitted to a running cluster."""
+"""The whole road on a running cluster, by `ray job submit`."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,57 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from nanochat_ray.report.metrics_log import read_metrics
-from tests.jobs.running import JOBS, end, environment, run, start
+from tests.jobs.running import JOBS, end, environment
 
 pytestmark = pytest.mark.slow
 SMOKE = ("--preset", "smoke")
 SECRET = "0123456789abcdef0123456789abcdef01234567"
-
-
-def wait_for_step(process: subprocess.Popen, step: int, stage: str) -> None:
-    """Read what a job prints until a stage has reached a step."""
-    inside = False
-    for line in process.stdout:
-        inside = inside or line.startswith(f"{stage}: ")
-        found = re.match(r"step (\d+)", line)
-        if inside and found and int(found[1]) >= step:
-            return
-    raise AssertionError(f"{stage} ended before step {step}")
-
-
-def test_killed_then_stopped_then_done(tmp_path):
-    """The driver is killed while it pretrains, the same command is stopped while it finetunes, the third is done."""
-    command = ("speedrun.py", *SMOKE, "--pretrain.save-every", "10")
-    process = start(tmp_path, *command)
-    wait_for_step(process, 25, "pretrain")
-    orphans = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(1)
-    alive = [orphan for orphan in orphans if orphan.is_running()]
-    assert alive, "the law is about orphans that still live"
-    try:
-        process = start(tmp_path, *command)
-        wait_for_step(process, 10, "sft")
-        process.terminate()
-        out = process.stdout.read()
-    finally:
-        end(orphans)
-    assert process.wait() == 130 and "sft: stopped at step" in out, out
-
-    pretrain = tmp_path / "smoke" / "pretrain"
-    result = json.loads((pretrain / "result.json").read_text())
-    assert result["metrics"]["resumed_at"] >= 10
-    records = read_metrics(pretrain / "metrics.jsonl")
-    assert [record["step"] for record in records if "train/loss_step" in record] == list(range(60))
-
-    code, out = run(tmp_path, *command)
-    assert code == 0, out
-    for said in ("tokenizer: done before, skipped", "pretrain: done before, skipped", "sft: goes on"):
-        assert said in out
-    report = (tmp_path / "smoke" / "report" / "report.md").read_text()
-    assert "BASE | SFT" in report and "pretrain_loss.png" in report
 
 
 def free_port() -> int:

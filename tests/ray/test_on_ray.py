@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from nanochat_ray.messages import ClusterError, Cursor
-from nanochat_ray.model.checkpoint import open_checkpoint, saved_steps
+from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.report.metrics_log import read_metrics
 from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE, Lease
 from nanochat_ray.stages.evaluation import BpbUnit, EvalSpec, SampleUnit, cut, run_units_here
 from nanochat_ray.stages.rows import plain_row_blocks
 from nanochat_ray.text.packing import step_batches
+from tests.chaos.nodes import SlowRows
 from tests.stages.tiny import ROWS_PER_STEP, STEPS, Recorder, conversations, make_run, make_sft, run_pretrain, run_sft
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -63,58 +69,68 @@ def test_the_dealt_conversations_are_the_plain_ones(plain, cursor):
     ray.kill(dealer)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_pretraining_on_workers(plain, tmp_path, shards, workers):
+def on_workers(plain, root, shards, workers):
+    """Pretraining on so many workers: losses near the plain ones, and the weights."""
     from nanochat_ray.train.launch import fit
     from nanochat_ray.train.room import Workers
 
-    job, rows = make_run(tmp_path, shards)
-    with Lease.acquire(tmp_path) as lease:
+    job, rows = make_run(root, shards)
+    with Lease.acquire(root) as lease:
         result = fit(job, rows, ROWS_PER_STEP, Workers(workers, workers, threads_each=1), lease)
     assert (result["status"], result["step"]) == ("done", STEPS)
     tolerance = 0 if workers == 1 else 2e-3
     assert losses_of(job) == pytest.approx(plain[1][2].losses, rel=tolerance, abs=0)
-    got = open_checkpoint(job.stage_folder / CHECKPOINTS, STEPS).model_tensors()
-    wanted = open_checkpoint(plain[1][0].stage_folder / CHECKPOINTS, STEPS).model_tensors()
-    if workers == 1:
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert not (job.stage_folder / "ray").exists()
+    return open_checkpoint(job.stage_folder / CHECKPOINTS, STEPS).model_tensors()
 
 
-def test_finetuning_survives_a_killed_worker(plain, tmp_path):
-    """The group starts again from the last checkpoint and ends with the weights of the undisturbed run."""
-    import threading
-    import time
+def test_one_worker_gives_the_plain_weights(plain, tmp_path, shards):
+    got = on_workers(plain, tmp_path, shards, 1)
+    wanted = open_checkpoint(plain[1][0].stage_folder / CHECKPOINTS, STEPS).model_tensors()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
-    import psutil
 
-    from nanochat_ray.train.launch import fit
+@pytest.fixture(scope="module")
+def two_workers(plain, tmp_path_factory, shards):
+    """The weights of two undisturbed ranks."""
+    return on_workers(plain, tmp_path_factory.mktemp("two"), shards, 2)
+
+
+def test_two_workers_give_the_plain_losses(two_workers):
+    assert two_workers  # and what `on_workers` has compared
+
+
+@pytest.mark.slow
+def test_two_ranks_one_killed_then_one_hung(plain, tmp_path, shards, two_workers):
+    """The group starts again from the last checkpoint, twice, and ends with the weights of two undisturbed ranks.
+
+    The stopped rank cannot say where it hangs, but the other one waits for it in a collective, and does.
+    """
+    from nanochat_ray.train.launch import Patience, fit
     from nanochat_ray.train.room import Workers
 
-    changes = {"num_epochs": 40, "save_every": 5}
-    job, rows = make_sft(tmp_path, plain[1][0], plain[0] / "talk.jsonl", **changes)
-    killed = []
+    job, rows = make_run(tmp_path, shards, plain[1][0].settings.model_copy(update={"save_every": 2}))
+    disturbed = []
 
-    def kill_one():
-        while not saved_steps(job.stage_folder / CHECKPOINTS):
-            time.sleep(0.05)
-        mine = psutil.Process().children(recursive=True)  # raylet and workers of this session's cluster
-        worker = next(process for process in mine if "RayTrainWorker" in " ".join(process.cmdline()))
-        worker.kill()
-        killed.append(worker.pid)
+    def disturb():
+        for signal_number, step in ((signal.SIGKILL, 2), (signal.SIGSTOP, 6)):
+            while not (job.stage_folder / CHECKPOINTS / f"step_{step:06d}").exists():
+                time.sleep(0.02)
+            workers = [process for process in psutil.Process().children(recursive=True)
+                       if "RayTrainWorker" in " ".join(process.cmdline())]  # fmt: skip
+            workers[-1].send_signal(signal_number)
+            disturbed.append(workers[-1])
 
-    threading.Thread(target=kill_one, daemon=True).start()
+    slow = SlowRows(**vars(rows))
+    threading.Thread(target=disturb, daemon=True).start()
     with Lease.acquire(tmp_path) as lease:
-        result = fit(job, rows, 4, Workers(threads_each=1), lease)
-        assert lease.epoch == 2
-    assert killed and result["status"] == "done" and result["metrics"]["resumed_at"]
-
-    Lease.acquire(tmp_path / "again").release()
-    calm, rows = make_sft(tmp_path / "again", plain[1][0], plain[0] / "talk.jsonl", **changes)
-    run_sft(calm, rows, Recorder(calm.stage_folder))
-    got = open_checkpoint(job.stage_folder / CHECKPOINTS, result["step"]).model_tensors()
-    wanted = open_checkpoint(calm.stage_folder / CHECKPOINTS, result["step"]).model_tensors()
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+        result = fit(job, slow, ROWS_PER_STEP, Workers(2, 2, threads_each=1), lease, patience=Patience(hang_s=10))
+    assert len(disturbed) == 2 and (result["status"], result["metrics"]["launches"]) == ("done", 3)
+    stacks = [path.read_text() for path in (job.stage_folder / "stacks").iterdir()]
+    assert any("all_reduce" in text or "barrier" in text or "reduce_scatter" in text for text in stacks)
+    assert not any(process.is_running() for process in disturbed)
+    got = open_checkpoint(job.stage_folder / CHECKPOINTS, STEPS).model_tensors()
+    assert all(torch.equal(got[name], two_workers[name]) for name in two_workers)
 
 
 def test_evaluation_on_actors_gives_the_same_records(plain):
