@@ -11,9 +11,11 @@ or a marker that is pushed last and deleted first.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
+import re
 import threading
 import time
 import urllib.parse
@@ -27,9 +29,15 @@ logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "remote"
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
+PATIENT_WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 17.0, 25.0)
+LASTING = {  # what no second try makes better: a full disk, a missing right, something in the way
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 PROBE_TIMEOUT_S = 20.0
 LONGEST_NAME = 255  # of a folder, in bytes
 _ENCODED_SCHEME_END = urllib.parse.quote("://", safe="")
+_PASSWORD = re.compile(r"://[^/@:]*:(?!\d+/)[^@]*@")  # user:password@, and not the port of a host
+_SECRET_FIELD = re.compile(r"(^|&)([^=&]*(secret|token|password|signature|account_key|access_key)[^=&]*|sig)=", re.I)
 
 Result = TypeVar("Result")
 
@@ -43,12 +51,16 @@ class Entry:
 
 
 def mirror_folder(uri: str, cache: Path) -> Path:
-    """The local folder that mirrors `uri`. ValueError for a URI that cannot stand in a folder's name."""
+    """The local folder that mirrors `uri`. ValueError for a URI that cannot stand in a folder's name.
+
+    A name before an @ is welcome (abfs://container@account.dfs.core.windows.net), a password or key is not.
+    """
     path, mark, query = uri.partition("?")
-    if "@" in urllib.parse.urlsplit(path).netloc or "secret_key" in query:
+    if _PASSWORD.search(path) or _SECRET_FIELD.search(query):
         raise ValueError(
             "a storage URI must not hold keys, for it is written into logs and names of folders; give them in the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
+            "AZURE_CLIENT_ID and AZURE_CLIENT_SECRET)"
         )
     name = urllib.parse.quote(path.rstrip("/") + mark + query, safe="")
     if len(name) > LONGEST_NAME:
@@ -77,7 +89,8 @@ def _file_system(uri: str) -> tuple[Any, str]:
 class Remote:
     """The store behind a mirrored folder. Files are named by their local paths.
 
-    A call that fails is tried again with growing waits, about 8 s in all, and then raises OSError that names the URI.
+    A call that fails is tried again with growing waits, about 8 s in all (`patient`: a minute), and then raises
+    ConnectionError that names the URI. What waiting cannot mend (`LASTING`) is raised at once as what it is.
     """
 
     uri: str
@@ -91,6 +104,10 @@ class Remote:
             if _ENCODED_SCHEME_END in folder.name and folder.parent.name == CACHE_FOLDER:
                 return Remote(urllib.parse.unquote(folder.name), folder)
         return None
+
+    def patient(self) -> Remote:
+        """The same store for calls that may take long, as those in the background do."""
+        return replace(self, retry_waits_s=PATIENT_WAITS_S)
 
     def uri_of(self, path: Path) -> str:
         """The URI of the object that `path` mirrors."""
@@ -119,9 +136,11 @@ class Remote:
 
         self._tried("write", path, lambda: self._put_whole(path, put))
 
-    def push(self, path: Path) -> None:
-        """Copy a local file into the store; its size there is checked."""
+    def push(self, path: Path, to: Path | None = None) -> None:
+        """Copy a local file into the store, to its own place or to that of another path; its size there is checked."""
         from pyarrow import fs
+
+        target = to or path
 
         def put(key: str) -> None:
             fs.copy_files(str(path), key, fs.LocalFileSystem(), self._fs)
@@ -129,14 +148,14 @@ class Remote:
             if size != wanted:
                 raise OSError(f"{size} bytes arrived of {wanted}")
 
-        self._tried("write", path, lambda: self._put_whole(path, put))
+        self._tried("write", target, lambda: self._put_whole(target, put))
 
     def pull(self, path: Path, to: Path | None = None) -> bool:
         """Copy an object to its local place, or to another one, whole; False if there is none in the store."""
         from pyarrow import fs
 
         target = to or path
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
 
         def attempt() -> bool:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -293,10 +312,12 @@ class Remote:
             except FileNotFoundError:
                 raise
             except OSError as error:
+                if error.errno in LASTING:
+                    raise OSError(error.errno, f"cannot {what} {self.uri_of(path)}: {error}") from error
                 if wait_s is None:
                     tries = len(self.retry_waits_s) + 1
                     again = f" after {tries} tries" if tries > 1 else ""
-                    raise OSError(f"cannot {what} {self.uri_of(path)}{again}: {error}") from error
+                    raise ConnectionError(f"cannot {what} {self.uri_of(path)}{again}: {error}") from error
                 logger.info("%s: %s; trying again in %g s", self.uri_of(path), error, wait_s)
             time.sleep(wait_s)
         raise AssertionError("not reached")
@@ -320,8 +341,8 @@ class Every:
         while not self._closed.wait(self._interval_s):
             try:
                 self._call()
-            except OSError as error:
-                logger.info("%s: %s", self._thread.name, error)
+            except Exception as error:  # whatever it is, the thread must go on looking
+                logger.warning("%s: %s: %s", self._thread.name, type(error).__name__, error)
 
     def close(self) -> None:
         self._closed.set()

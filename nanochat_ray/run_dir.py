@@ -8,6 +8,7 @@ interrupted stage. Plain files only: nothing here needs torch or Ray. With a URI
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,9 @@ DATA_FILE = "data.json"
 
 HEARTBEAT_S = 5.0
 HEARTBEAT_STALE_S = 60.0
+LOCK_POLL_S = 0.1
+LEASE_LOCK_WAIT_S = 60.0
+READ_AGAIN_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 SETTLE_S = 1.0  # between writing a lease into a store and reading it back
 FOLLOW_REMOTE_S = 5.0
 NOT_RECORDS = (LEASE_FILE, LEASE_LOCK_FILE, STOP_FILE)
@@ -110,7 +115,7 @@ def shown(path: Path) -> str:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -120,6 +125,22 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait_s: float, beat: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a file's lock; TimeoutError that names it after `wait_s` seconds, in which `beat` is called all the time."""
+    deadline = time.monotonic() + wait_s
+    with open(path, "a") as file:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held the lock {path} for {wait_s:g} s")
+            beat()
+            time.sleep(LOCK_POLL_S)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,7 +196,7 @@ class RunDir:
 
     def fetch(self) -> RunDir:
         """For readers: the same run with its records here, unless a job on this machine is just writing them."""
-        held = _read_if_there(self.root / LEASE_FILE)
+        held = _local_lease(self.root)
         if held is None or not (held["host"] == _host_identity() and _holder_is_alive(held)):
             self._pull(Remote.of(self.root))
         return self
@@ -238,7 +259,7 @@ class RunDir:
 def push_records(folder: Path) -> None:
     """Copy the files directly in a folder of a run to the run's store, `_SUCCESS` last; nothing for a local run."""
     if (remote := Remote.of(folder)) is not None:
-        remote.push_files(folder, NOT_RECORDS, DONE_FILE)
+        remote.patient().push_files(folder, NOT_RECORDS, DONE_FILE)
 
 
 def pull_records(folder: Path) -> Path:
@@ -269,7 +290,7 @@ def clear_stop(folder: Path) -> None:
     path = folder / STOP_FILE
     path.unlink(missing_ok=True)
     if (remote := Remote.of(path)) is not None:
-        remote.delete(path)
+        remote.patient().delete(path)
 
 
 # --- the lease ---------------------------------------------------------------------------------------------------
@@ -325,25 +346,43 @@ def _busy(root: Path, held: dict[str, Any]) -> RunBusyError:
 @contextlib.contextmanager
 def _lease_lock(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / LEASE_LOCK_FILE, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(root / LEASE_LOCK_FILE, LEASE_LOCK_WAIT_S):
         yield
 
 
-def _read_if_there(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return None
+def _record(path: Path, read: Callable[[], bytes | None]) -> Any:
+    """The JSON that `read` gives of a file, None if there is no file.
+
+    Tried again for a while when the file is just being replaced: NFS then says ESTALE, a store that shows objects as
+    they grow gives half of one.
+    """
+    for wait_s in (*READ_AGAIN_S, None):
+        try:
+            data = read()
+            return None if data is None else json.loads(data)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            problem: Exception = ValueError(f"{shown(path)} is damaged ({error}); delete it if no job writes this run")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            problem = ConnectionError(f"{path} cannot be read: {error}")
+        if wait_s is not None:
+            time.sleep(wait_s)
+    raise problem
+
+
+def _local_lease(root: Path) -> Any:
+    return _record(root / LEASE_FILE, (root / LEASE_FILE).read_bytes)
 
 
 def _stored_lease(root: Path) -> Any:
     """The lease's record where it counts: in the run's store if there is one."""
-    path = root / LEASE_FILE
     if (remote := Remote.of(root)) is None:
-        return _read_if_there(path)
-    data = remote.read(path)
-    return None if data is None else json.loads(data)
+        return _local_lease(root)
+    path = root / LEASE_FILE
+    return _record(path, lambda: remote.read(path))
 
 
 def _store_lease(root: Path, record: dict[str, Any]) -> None:
@@ -401,7 +440,7 @@ class Lease:
         """Take the run's folder, at once if its last holder is dead; raises RunBusyError if it is alive."""
         remote = Remote.of(root)
         with _lease_lock(root):
-            found = [_read_if_there(root / LEASE_FILE), _stored_lease(root) if remote else None]
+            found = [_local_lease(root), _stored_lease(root) if remote else None]
             for held in (record for record in found if record is not None):
                 if _holder_is_alive(held):
                     raise _busy(root, held)
@@ -430,7 +469,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):  # a full disk must not end the job; the next beat tries again
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not end the job; the next beat tries
                 self._update(lambda record: record.update(heartbeat=time.time()))
 
     def check(self) -> None:
@@ -450,7 +489,7 @@ class Lease:
     def release(self) -> None:
         self._closed.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._update(lambda record: record.update(released=True))
 
     def __enter__(self) -> Lease:

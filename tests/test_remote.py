@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,10 +20,13 @@ import torch
 from nanochat_ray import remote as remote_module
 from nanochat_ray import run_dir as run_dir_module
 from nanochat_ray.messages import World
+from nanochat_ray.model import checkpoint as checkpoint_module
 from nanochat_ray.model.checkpoint import (
     best_checkpoint,
     drop_after,
+    known_bpb,
     latest_checkpoint,
+    newest_whole_step,
     note_evaluation,
     open_checkpoint,
     prune,
@@ -31,7 +35,7 @@ from nanochat_ray.model.checkpoint import (
     saved_steps,
     step_folder,
 )
-from nanochat_ray.remote import Remote, mirror_folder
+from nanochat_ray.remote import Every, Remote, mirror_folder
 from nanochat_ray.run_dir import (
     CHECKPOINTS,
     HEARTBEAT_STALE_S,
@@ -53,6 +57,7 @@ from nanochat_ray.run_dir import (
     shown,
     storage_path,
     write_json,
+    writing_as,
 )
 from nanochat_ray.stages import hooks as hooks_module
 from nanochat_ray.stages.hooks import FolderHooks, TrainingState
@@ -88,13 +93,21 @@ def machine(tmp_path, monkeypatch):
     return switch
 
 
-def save(root, step, val_bpb=None, keep_last=None):
+def save(root, step, val_bpb=None, keep_last=None, **guarded):
     state = {"w": torch.full((50, 7), float(step))}
-    return save_checkpoint(root, step, state, dict(state), {"val_bpb": val_bpb}, keep_last)
+    return save_checkpoint(root, step, state, dict(state), {"val_bpb": val_bpb}, keep_last, **guarded)
 
 
 def is_of(checkpoint, step):
     return checkpoint.step == step and bool((checkpoint.model_tensors()["w"] == step).all())
+
+
+def object_of(root, step, name):
+    """The path that stands for a file of a checkpoint in the store, by its ending."""
+    folder = step_folder(root, step)
+    found = [folder / there for there in Remote.of(root).listing(folder) if there.endswith(name)]
+    assert len(found) == 1
+    return found[0]
 
 
 def checkpoints_of(uri, tag="d4"):
@@ -115,11 +128,32 @@ def test_a_path_knows_its_store(machine, tmp_path):
     assert shown(tmp_path) == str(tmp_path)
 
 
-@pytest.mark.parametrize("given", ["s3://key:secret@bucket/x", "s3://bucket/x?access_key=a&secret_key=b"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "s3://key:secret@bucket/x", "s3://key:se/cret@bucket/x", "s3://bucket/x?access_key=a&secret_key=b",
+        "s3://bucket/x?session_token=b", "abfs://:secret@account.dfs.core.windows.net/c/x",
+        "abfs://container:secret@account.dfs.core.windows.net/x", "abfs://c@a.dfs.core.windows.net/x?client_secret=b",
+        "abfs://c@a.dfs.core.windows.net/x?sv=1&sig=b", "gs://bucket/x?access_token=b",
+    ],
+)  # fmt: skip
 def test_keys_have_no_place_in_a_uri(given, tmp_path):
     with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID") as error:
         mirror_folder(given, tmp_path)
-    assert "secret@" not in str(error.value) and "=b" not in str(error.value)
+    assert "secret@" not in str(error.value) and "cret@" not in str(error.value) and "=b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "abfs://container@account.dfs.core.windows.net/runs", "gs://anonymous@bucket/x", "hdfs://user@host:8020/x",
+        "hdfs://host:8020/a@b", "s3://bucket/x?region=eu-west-1&scheme=http&endpoint_override=host:9000",
+        "abfs://c@a.dfs.core.windows.net/x?tenant_id=1&client_id=2",
+    ],
+)  # fmt: skip
+def test_a_name_in_a_uri_is_no_key(given, tmp_path):
+    path = mirror_folder(given, tmp_path) / "d4"
+    assert Remote.of(path).uri == given and Remote.of(path).uri_of(path).partition("?")[0].endswith("/d4")
 
 
 def test_a_uri_too_long_for_a_name_is_refused(tmp_path):
@@ -269,11 +303,13 @@ def test_a_corrupt_or_unfinished_one_in_the_store_is_passed_over(machine, uri, c
     remote = Remote.of(root)
     for step in (1, 2, 3, 4):
         save(root, step)
-    remote.write(step_folder(root, 2) / "model.safetensors", b"short")
-    remote.delete(step_folder(root, 3) / "optim.safetensors")
+    assert newest_whole_step(root) == 4
+    remote.write(object_of(root, 2, "model.safetensors"), b"short")
+    remote.delete(object_of(root, 3, "optim.safetensors"))
     remote.delete(step_folder(root, 4) / "manifest.json")
     machine("other")
     root = checkpoints_of(uri)
+    assert newest_whole_step(root) == 1
     with caplog.at_level("INFO"):
         assert is_of(latest_checkpoint(root), 1)
     assert all(f"step_00000{step}" in caplog.text or f"step {step}" in caplog.text for step in (2, 3, 4))
@@ -330,14 +366,72 @@ def test_a_failing_push_is_tried_again_then_told(machine, uri, monkeypatch):
         real(source, *args, **kwargs)
 
     monkeypatch.setattr(fs, "copy_files", copy_files)
-    failures = len(remote_module.RETRY_WAITS_S)
+    failures = len(remote_module.PATIENT_WAITS_S)
+    assert 50 < sum(remote_module.PATIENT_WAITS_S) < 70
     save(root, 2)
     assert saved_steps(root) == [1, 2]
     calls, failures = [], 1000
-    with pytest.raises(OSError, match=r"step 3 not saved, earlier.* kept: cannot write (s3|file).*after 5 tries"):
-        save(root, 3)
+    with pytest.raises(ConnectionError, match=r"step 3 not saved, earlier.* kept: cannot write (s3|file).*8 tries"):
+        save(root, 3)  # nobody's mistake: the launch is tried again
     failures = 0
-    assert is_of(latest_checkpoint(root), 2)
+    assert is_of(latest_checkpoint(root), 2) and newest_whole_step(root) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_what_waiting_cannot_mend_is_told_at_once(machine, uri, monkeypatch, number):
+    from pyarrow import fs
+
+    def copy_files(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fs, "copy_files", copy_files)
+    monkeypatch.setattr(remote_module.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(OSError, match="step 1 not saved") as error:
+        save(checkpoints_of(uri), 1)
+    assert error.value.errno == number and not isinstance(error.value, ConnectionError)
+    assert isinstance(error.value, PermissionError) == (number == errno.EACCES)
+
+
+@pytest.mark.parametrize("moment", range(4))  # the rename, the push of each file, the manifest
+def test_an_orphan_cannot_damage_the_checkpoint_of_its_follower(machine, uri, monkeypatch, moment):
+    """Two launches save the same step: at some moment of its save the first one sleeps until the second is done."""
+    machine("orphan")
+    run = RunDir.of(uri, "d4")
+    lease = Lease.acquire(run.root)
+    orphan, moments, real = lease.epoch, iter(range(100)), Remote.push
+    machine("follower")
+    root = checkpoints_of(uri)
+
+    def perhaps_sleep():
+        if next(moments) == moment:
+            monkeypatch.setattr(Remote, "push", real)
+            epoch = lease.advance()
+            save(root, 7, 3.0, guard=lambda: writing_as(root.parent.parent, epoch))
+
+    def push(remote, path, to=None):
+        perhaps_sleep()
+        real(remote, path, to)
+
+    def guard():
+        perhaps_sleep()
+        return writing_as(run.root, orphan)
+
+    monkeypatch.setattr(Remote, "push", push)
+    with pytest.raises(StaleWriterError):
+        save_checkpoint(run.checkpoints("pretrain"), 7, {"w": torch.zeros(3)}, None, {"val_bpb": 9.0}, guard=guard)
+    with pytest.raises(StaleWriterError):
+        prune(run.checkpoints("pretrain"), 0, guard)
+    note_evaluation(run.checkpoints("pretrain"), 7, 1.0)
+    machine("reader")
+    root = checkpoints_of(uri)
+    assert is_of(latest_checkpoint(root), 7) and known_bpb(root, 7) == 3.0 and newest_whole_step(root) == 7
+    save(root, 8)
+    save(root, 9, 9.0, keep_last=1)
+    drop_after(root, 9)
+    assert saved_steps(root) == [7, 9]  # the best and the newest
+    note_evaluation(root, 9, 1.0)
+    prune(root, 1)
+    assert list(Remote.of(root).listing(root)) == ["step_000009"]  # with all that the orphan left
 
 
 def test_a_run_goes_on_on_another_machine(machine, uri, shards, tmp_path):
@@ -476,6 +570,51 @@ def test_a_reader_leaves_the_files_of_a_job_on_the_same_machine_alone(machine, u
         assert (run.stage("pretrain") / "result.json").exists()
     run.fetch()
     assert not (run.stage("pretrain") / "result.json").exists()
+
+
+def test_a_pull_that_never_ends_is_named_and_a_wait_for_it_is_a_sign_of_life(machine, uri, monkeypatch):
+    root = checkpoints_of(uri)
+    save(root, 1)
+    beats = []
+    machine("other")
+    root = checkpoints_of(uri)
+    root.mkdir(parents=True)
+    monkeypatch.setattr(checkpoint_module, "PULL_LOCK_WAIT_S", 0.3)
+    with (
+        run_dir_module.locked(root / checkpoint_module.PULL_LOCK_FILE, 0.0),
+        pytest.raises(TimeoutError, match=r"\.pull\.lock for 0\.3 s"),
+    ):
+        open_checkpoint(root, 1, lambda: beats.append(1))
+    waited = len(beats)
+    assert waited >= 2
+    assert is_of(latest_checkpoint(root, lambda: beats.append(1)), 1) and len(beats) >= waited + 3
+
+
+def test_a_watch_goes_on_whatever_a_look_meets(caplog):
+    looks = []
+
+    def look():
+        looks.append(1)
+        raise (ValueError("half a record"), OSError("no answer"), KeyError("epoch"))[len(looks) % 3]
+
+    with Every(0.01, look, "watch"):
+        wait_until(lambda: len(looks) > 6)
+    assert "half a record" in caplog.text and "no answer" in caplog.text
+
+
+def test_half_a_lease_is_read_again(machine, uri, monkeypatch):
+    root = RunDir.of(uri, "d4").root
+    Lease.acquire(root).release()
+    epoch, real, seen = lease_epoch(root), Remote.read, []
+
+    def read(remote, path):
+        data = real(remote, path)
+        seen.append(path.name)
+        return data[: 10 * len(seen)] if len(seen) < 3 else data
+
+    monkeypatch.setattr(Remote, "read", read)
+    check_writer(root, epoch)
+    assert seen == [LEASE_FILE] * 3
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

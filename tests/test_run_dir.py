@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from nanochat_ray import run_dir
-from nanochat_ray.run_dir import Lease, RunBusyError, RunDir, StaleWriterError, check_writer, lease_epoch, writing_as
+from nanochat_ray.run_dir import (
+    Lease,
+    RunBusyError,
+    RunDir,
+    StaleWriterError,
+    check_writer,
+    lease_epoch,
+    locked,
+    writing_as,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -26,6 +37,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         run_dir.write_json(path, {"a": 2})
     assert run_dir.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_of_equal_ids_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """Containers on one shared folder have equal process ids, and their main threads may have equal ones too."""
+    seen, real = [], os.replace
+
+    def replace(source, target):
+        seen.append(Path(source).name)
+        real(source, target)
+
+    monkeypatch.setattr(run_dir.os, "replace", replace)
+    for _ in range(2):
+        run_dir.write_json(tmp_path / "a.json", {})
+    assert len(set(seen)) == 2
 
 
 def test_nan_is_no_json(tmp_path):
@@ -145,6 +170,53 @@ def test_the_heart_beats(tmp_path, monkeypatch):
         while json.loads((tmp_path / run_dir.LEASE_FILE).read_text())["heartbeat"] == first:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_lock_that_is_never_given_back_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "LEASE_LOCK_WAIT_S", 0.3)
+    Lease.acquire(tmp_path).release()
+    beats = []
+    with locked(tmp_path / run_dir.LEASE_LOCK_FILE, 0.0):
+        for take in (lambda: writing_as(tmp_path, 1), lambda: locked(tmp_path / run_dir.LEASE_LOCK_FILE, 0.3)):
+            with pytest.raises(TimeoutError, match=r"lease\.lock for 0\.3 s"), take():
+                raise AssertionError("two in one lock")
+        with pytest.raises(TimeoutError), locked(tmp_path / run_dir.LEASE_LOCK_FILE, 0.3, lambda: beats.append(1)):
+            raise AssertionError("two in one lock")
+    assert len(beats) >= 2
+    with writing_as(tmp_path, 1):
+        pass
+
+
+def failing_reads(monkeypatch, n, number):
+    """The next `n` reads of files fail with an error number."""
+    left, real = iter(range(n)), Path.read_bytes
+
+    def read_bytes(path):
+        if next(left, None) is not None:
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    monkeypatch.setattr(run_dir.Path, "read_bytes", read_bytes)
+
+
+def test_a_lease_that_is_just_replaced_on_nfs_is_read_again(tmp_path, monkeypatch):
+    Lease.acquire(tmp_path).release()
+    failing_reads(monkeypatch, 3, errno.ESTALE)
+    check_writer(tmp_path, 1)
+    monkeypatch.setattr(run_dir, "READ_AGAIN_S", (0.01,) * 3)
+    failing_reads(monkeypatch, 4, errno.ESTALE)
+    with pytest.raises(ConnectionError, match=r"lease\.json"):
+        check_writer(tmp_path, 1)
+    failing_reads(monkeypatch, 1, errno.EACCES)
+    with pytest.raises(PermissionError):
+        check_writer(tmp_path, 1)
+
+
+def test_a_damaged_lease_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "READ_AGAIN_S", ())
+    (tmp_path / run_dir.LEASE_FILE).write_text('{"epoch": ')
+    with pytest.raises(ValueError, match=r"lease\.json is damaged .*delete it"):
+        Lease.acquire(tmp_path)
 
 
 def test_a_second_launch_shuts_out_the_first(tmp_path):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -175,7 +175,8 @@ def changed_shards(manifest: DataManifest) -> list[str]:
 def read_row_group(manifest: DataManifest, item: WorkItem) -> list[str]:
     """The documents of one work item; a missing value is an empty document.
 
-    ValueError naming shard and row group if it cannot be read; with the manifest's `skip_corrupt` a warning and none.
+    ValueError naming shard and row group if it is corrupt; with the manifest's `skip_corrupt` a warning and none.
+    ConnectionError if a store or server does not give the bytes, whatever `skip_corrupt` says.
     """
     return _read(manifest, manifest.train[item.shard], item.row_group)
 
@@ -248,10 +249,55 @@ def _file_system(source: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), str(Path(source).expanduser().resolve())
 
 
+class _FarFile:
+    """A file of a store or server as pyarrow reads it; bytes that do not come are a ConnectionError.
+
+    pyarrow says OSError for a connection that broke as well as for pages that it cannot make sense of. Here the two
+    part: a page is corrupt only if its bytes came.
+    """
+
+    def __init__(self, system: fs.FileSystem, path: str):
+        self._path, self.closed = path, False
+        self._file = self._far(lambda: system.open_input_file(path))
+        self._size = self._far(self._file.size)
+
+    def read(self, n_bytes: int = -1) -> Any:
+        missing = self._size - self._file.tell()
+        data = self._far(lambda: self._file.read_buffer(n_bytes))
+        if len(data) < (missing if n_bytes < 0 else min(n_bytes, missing)):
+            raise ConnectionError(f"data shard {self._path}: only {len(data)} bytes came of {min(n_bytes, missing)}")
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+    def _far(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:
+            raise ConnectionError(f"data shard {self._path} did not come: {error}") from error
+
+
+def _open(system: fs.FileSystem, path: str) -> pa.NativeFile:
+    near = system.type_name == "local"
+    return system.open_input_file(path) if near else pa.PythonFile(_FarFile(system, path), mode="r")
+
+
 def _look_at(system: fs.FileSystem, file: fs.FileInfo, text_column: str) -> ShardInfo | CorruptShard:
     try:
-        with system.open_input_file(file.path) as stream, pq.ParquetFile(stream) as parquet:
+        with _open(system, file.path) as stream, pq.ParquetFile(stream) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
+    except ConnectionError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:  # pyarrow's word for unreadable pages is OSError
         return CorruptShard(f"data shard {file.path} is not a readable parquet file ({error})")
     if text_column not in schema.names:
@@ -268,11 +314,13 @@ def _shards(manifest: DataManifest, split: Split) -> tuple[ShardInfo, ...]:
 
 def _read(manifest: DataManifest, shard: ShardInfo, row_group: int) -> list[str]:
     system, _ = _file_system(manifest.source)
-    stream = system.open_input_file(shard.path)  # outside the try: a shard that is gone is never passed over
+    stream = _open(system, shard.path)  # outside the try: a shard that is gone is never passed over
     try:
         with stream, pq.ParquetFile(stream) as parquet:
             table = parquet.read_row_group(row_group, columns=[manifest.text_column], use_threads=False)
             values = table[manifest.text_column].to_pylist()
+    except ConnectionError:
+        raise
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         problem = f"row group {row_group} of data shard {shard.path} cannot be read ({error})"
         if not manifest.skip_corrupt or getattr(error, "errno", None):  # a failing disk is no corrupt file

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ OpenBatches = Callable[[Cursor, int], Iterator[PackedBatch]]  # (cursor, first s
 SAVE_INTERVAL_S = 600.0
 WATCH_INTERVAL_S = 3.0
 PUSH_METRICS_EVERY = 5  # looks of the watch
+BEAT_EVERY_S = 1.0
+BEAT_AT_MOST_S = 3600.0  # a write that takes longer counts as hung
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ class FolderHooks:
     """Hooks that write into the stage's folder: metrics (and wandb), and checkpoints guarded by the run's lease.
 
     With `background`, one thread writes checkpoints, one at a time: a second `save` waits for the first. `keep_last` is
-    the number of newest checkpoints to keep besides the best one, None the default of the settings. `close` ends the
-    threads; it must be called, and raises nothing.
+    the number of newest checkpoints to keep besides the best one, None the default of the settings. `beat` is called
+    every second while a write is waited for, an hour at most. `close` ends the threads; it must be called, and raises
+    nothing.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class FolderHooks:
 
     def note_bpb(self, step: int, val_bpb: float | None) -> None:
         if val_bpb is not None and self.world.rank == 0:
-            self._hand_over(note_evaluation, self.folder / CHECKPOINTS, step, val_bpb)
+            self._hand_over(note_evaluation, self.folder / CHECKPOINTS, step, val_bpb, self._guard)
 
     def stop_requested(self) -> bool:
         self.check()
@@ -145,7 +149,8 @@ class FolderHooks:
     def flush(self) -> None:
         self._wait()
         if self._watch is not None:
-            push_records(self.folder)
+            self._hand_over(push_records, self.folder)
+            self._wait()
 
     def close(self) -> None:
         """Finish what was handed over and end the threads; what goes wrong now is only logged."""
@@ -161,8 +166,11 @@ class FolderHooks:
     def _write(self, step: int, state: TrainingState) -> None:
         save_checkpoint(
             self.folder / CHECKPOINTS, step, state.model, state.optimizer, state.meta, self.keep_last,
-            guard=lambda: writing_as(self.folder.parent, self.lease_epoch),
+            self._guard,
         )
+
+    def _guard(self) -> AbstractContextManager[None]:
+        return writing_as(self.folder.parent, self.lease_epoch)
 
     def _hand_over(self, call: Callable[..., None], *args: Any) -> None:
         if self._writer is None:
@@ -171,8 +179,11 @@ class FolderHooks:
             self._handed_over.append(self._writer.submit(call, *args))
 
     def _wait(self) -> None:
-        for future in self._handed_over:
-            future.exception()
+        begun = time.monotonic()
+        while self.writing:
+            wait(self._handed_over, BEAT_EVERY_S)
+            if time.monotonic() - begun < BEAT_AT_MOST_S:
+                self.beat()
         self.check()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs
 
+from nanochat_ray.corpus import reader
 from nanochat_ray.corpus.items import WorkItem, items_from, row_block
 from nanochat_ray.corpus.reader import (
     DataManifest,
@@ -192,6 +195,85 @@ def test_a_row_group_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(FileNotFoundError):  # gone is not corrupt
         read_row_group(tolerant, WorkItem(0, 2))
+
+
+class Far:
+    """A store that shows a local folder, and whose connections break after some reads."""
+
+    type_name = "far"
+
+    def __init__(self, reads: int | None = None):
+        self.reads, self.near = reads, fs.LocalFileSystem()
+
+    def get_file_info(self, what):
+        return self.near.get_file_info(what)
+
+    def open_input_file(self, path: str):
+        if self.reads == 0:
+            raise OSError("could not connect")
+        file, far = self.near.open_input_file(path), self
+
+        class Connection:
+            closed = False
+            close, seek, tell, size = file.close, file.seek, file.tell, file.size
+
+            def read_buffer(self, n: int) -> pa.Buffer:
+                if far.reads is not None:
+                    far.reads -= 1
+                    if far.reads < 1:
+                        raise OSError("connection reset")
+                return file.read_buffer(n)
+
+        return Connection()
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_a_connection_that_breaks_is_no_corrupt_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_corrupt: bool
+) -> None:
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.parquet", [text * 500 for text in texts(0, 200)], row_group=50)
+    far = Far()
+    monkeypatch.setattr(reader, "_file_system", lambda source: (far, str(tmp_path)))
+    manifest = scan_data("far://x", skip_corrupt=skip_corrupt)
+    wanted = read_row_group(manifest, WorkItem(0, 1))
+    assert wanted == [text * 500 for text in texts(0, 200)[50:100]]
+    broken = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for far.reads in range(5):
+            try:
+                assert read_row_group(manifest, WorkItem(0, 1)) == wanted
+            except ConnectionError as error:
+                assert "a.parquet" in str(error)
+                broken += 1
+        assert 1 < broken < 5
+        far.reads = 1
+        with pytest.raises(ConnectionError):
+            scan_data("far://x", skip_corrupt=skip_corrupt)
+        far.reads = 1
+        with pytest.raises(ConnectionError):
+            changed_shards(manifest)
+    far.reads = None
+    assert not changed_shards(manifest)
+
+
+def test_a_corrupt_shard_far_away_is_still_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        write_shard(tmp_path / f"{name}.parquet", texts(0, 20))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
+    (tmp_path / "b.parquet").write_bytes(whole[:-100])
+    monkeypatch.setattr(reader, "_file_system", lambda source: (Far(), str(tmp_path)))
+    with pytest.raises(ValueError, match=r"b\.parquet is not a readable parquet file"):
+        scan_data("far://x")
+    with pytest.warns(UserWarning, match=r"b\.parquet is left out"):
+        manifest = scan_data("far://x", skip_corrupt=True)
+    with pytest.warns(UserWarning, match="row group 0"):
+        assert read_row_group(manifest, WorkItem(0, 0)) == []
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(FileNotFoundError):
+        read_row_group(manifest, WorkItem(0, 2))
 
 
 def test_missing_values_are_empty_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:

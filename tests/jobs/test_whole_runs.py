@@ -33,7 +33,7 @@ def free_port() -> int:
 def head(tmp_path):
     """A cluster as `ray start --head` makes it, with a dashboard, ended by the ids of its processes."""
     port, dashboard = free_port(), free_port()
-    env = environment(tmp_path, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    env = environment(tmp_path, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", WANDB_API_KEY=SECRET)
     ray = Path(sys.executable).parent / "ray"
     short = tempfile.mkdtemp(prefix="ray")  # Ray's sockets lie below it, and their paths may have 107 bytes
     command = [str(ray), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4",
@@ -63,7 +63,7 @@ def look(address: str, seen: dict[str, set[str]]) -> None:
     seen["jobs"] |= {job["status"] for job in jobs if job["submission_id"] == "smoke-1"}
     for job in jobs:
         data = ask(f"{address}/api/data/datasets/{job['job_id']}") if job["job_id"] else None
-        seen["data"] |= {found["dataset"].rsplit("_", 1)[0] for found in (data or {"datasets": []})["datasets"]}
+        seen["data"] |= {found["dataset"].partition(" rows_")[0] for found in (data or {"datasets": []})["datasets"]}
     actors = ask(f"{address}/api/v0/actors?detail=1")
     if actors is not None:
         found = actors["data"]["result"]["result"]
@@ -75,7 +75,6 @@ def test_submitted_to_a_running_cluster(head, tmp_path):
     address, env = head
     ray = Path(sys.executable).parent / "ray"
     command = [str(ray), "job", "submit", "--address", address, "--submission-id", "smoke-1",
-               "--runtime-env-json", json.dumps({"env_vars": {"WANDB_API_KEY": SECRET}}),
                "--working-dir", str(JOBS.parent), "--",
                sys.executable, "jobs/speedrun.py", *SMOKE, "--storage", str(tmp_path / "runs")]  # fmt: skip
     deadline = time.monotonic() + 60
@@ -96,5 +95,5 @@ def test_submitted_to_a_running_cluster(head, tmp_path):
     assert (tmp_path / "runs" / "smoke" / "chat_eval" / "_SUCCESS").exists()
     assert {"smoke-pretrain-1 RUNNING", "smoke-sft-1 FINISHED"} <= seen["train"]
     assert {"RUNNING", "SUCCEEDED"} <= seen["jobs"]
-    assert {"smoke pretrain rows", "smoke sft rows"} <= seen["data"]
+    assert {"smoke pretrain", "smoke sft"} <= seen["data"]
     assert {"RowDealer", "RayTrainWorker", "evaluate smoke pretrain step 60 #0"} <= seen["actors"]

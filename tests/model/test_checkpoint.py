@@ -24,6 +24,7 @@ from nanochat_ray.model.checkpoint import (
     drop_after,
     latest_checkpoint,
     model_tensors,
+    newest_whole_step,
     note_evaluation,
     open_checkpoint,
     resolve_checkpoint,
@@ -132,6 +133,17 @@ def test_a_corrupt_checkpoint_is_passed_over_and_named(tmp_path, caplog, damage)
     assert best_checkpoint(tmp_path) is None
 
 
+def test_the_newest_whole_step(tmp_path):
+    assert newest_whole_step(tmp_path) == newest_whole_step(tmp_path / "nowhere") == 0
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    assert newest_whole_step(tmp_path) == 4
+    DAMAGE["a name with a null byte"](step_folder(tmp_path, 4))
+    DAMAGE["no optimizer"](step_folder(tmp_path, 3))
+    step_folder(tmp_path, 5).mkdir()
+    assert newest_whole_step(tmp_path) == 2
+
+
 def test_the_next_save_takes_the_place_of_a_corrupt_one(tmp_path):
     flip(save(tmp_path, 1) / "model.safetensors")
     assert latest_checkpoint(tmp_path) is None
@@ -216,6 +228,30 @@ def test_a_full_disk_keeps_the_earlier_ones(tmp_path, monkeypatch):
         save(tmp_path, 3, keep_last=1)
     assert error.value.errno == errno.ENOSPC
     assert sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002"]
+
+
+def test_an_error_keeps_its_kind(tmp_path, monkeypatch):
+    """What decides whether a launch is tried again."""
+    for error in (ConnectionError("gone"), TimeoutError("late"), PermissionError(errno.EACCES, "no"), OSError("odd")):
+
+        def failing(path, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoints, "_fsync", failing)
+        with pytest.raises(OSError, match="step 1 not saved") as caught:
+            save(tmp_path, 1)
+        assert type(caught.value) is type(error) and caught.value.errno == error.errno
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sweep_leaves_what_a_reader_is_just_pulling(tmp_path):
+    for name in ("pulled.1", "pulled.2", "3"):
+        (tmp_path / f".step_000009.{name}.tmp").mkdir()
+    old = time.time() - checkpoints.ABANDONED_S - 10
+    os.utime(tmp_path / ".step_000009.pulled.1.tmp", (old, old))
+    save(tmp_path, 1)
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".step_000009.pulled.2.tmp", "step_000001"]
 
 
 def test_a_refused_commit_changes_nothing(tmp_path):

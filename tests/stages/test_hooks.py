@@ -71,6 +71,19 @@ def test_a_second_save_waits_for_the_first_and_the_wait_counts(hooks, stage, gat
     assert saved_steps(stage / CHECKPOINTS) == [1, 2]
 
 
+@pytest.mark.parametrize("at_most_s, beats", [(60.0, True), (0.0, False)])
+def test_waiting_for_the_writer_is_a_sign_of_life_but_not_for_ever(stage, gate, monkeypatch, at_most_s, beats):
+    monkeypatch.setattr(hooks_module, "BEAT_EVERY_S", 0.02)
+    monkeypatch.setattr(hooks_module, "BEAT_AT_MOST_S", at_most_s)
+    seen = []
+    hooks = FolderHooks(stage, 1, World(), None, background=True, beat=lambda: seen.append(1))
+    hooks.save(1, state(1))
+    threading.Timer(0.3, gate.set).start()
+    hooks.flush()
+    hooks.close()
+    assert (len(seen) > 3) == beats and saved_steps(stage / CHECKPOINTS) == [1]
+
+
 def test_in_the_foreground_it_is_stored_on_return(stage):
     hooks = FolderHooks(stage, 1, World(), None)
     for step in range(6):
