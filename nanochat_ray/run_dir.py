@@ -351,11 +351,8 @@ def _lease_lock(root: Path) -> Iterator[None]:
 
 
 def _record(path: Path, read: Callable[[], bytes | None]) -> Any:
-    """The JSON that `read` gives of a file, None if there is no file.
-
-    Tried again for a while when the file is just being replaced: NFS then says ESTALE, a store that shows objects as
-    they grow gives half of one.
-    """
+    """The JSON that `read` gives of a file, None if there is no file. Tried again while the file is being replaced: NFS
+    then says ESTALE, and a store that shows objects as they grow gives half of one."""
     for wait_s in (*READ_AGAIN_S, None):
         try:
             data = read()
@@ -482,8 +479,9 @@ class Lease:
         """
         with _lease_lock(self.root):
             check_writer(self.root, self.epoch)
-            self._record["epoch"] = self.epoch = self.epoch + 1
-            _store_lease(self.root, self._record)
+            record = self._record | {"epoch": self.epoch + 1}
+            _store_lease(self.root, record)
+            self._record, self.epoch = record, record["epoch"]
         return self.epoch
 
     def release(self) -> None:

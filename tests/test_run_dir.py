@@ -172,6 +172,18 @@ def test_the_heart_beats(tmp_path, monkeypatch):
             time.sleep(0.02)
 
 
+def test_a_launch_that_could_not_be_written_down_leaves_the_lease_as_it_was(tmp_path, monkeypatch):
+    def failing(root, record):
+        raise ConnectionError("no answer")
+
+    with Lease.acquire(tmp_path) as lease:
+        with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+            patch.setattr(run_dir, "_store_lease", failing)
+            lease.advance()
+        lease.check()
+        assert lease.advance() == 2
+
+
 def test_a_lock_that_is_never_given_back_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "LEASE_LOCK_WAIT_S", 0.3)
     Lease.acquire(tmp_path).release()
