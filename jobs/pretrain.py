@@ -8,7 +8,7 @@ from pathlib import Path
 
 from _runtime import Job, main, open_job
 
-from nanochat_ray.config import PretrainSettings, RunSettings, TokenizerSettings
+from nanochat_ray.config import ModelConfig, PretrainSettings, RunSettings, TokenizerSettings
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import RunDir, read_json, write_json
@@ -47,12 +47,24 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
             f"{plan.param_counts['total']:,}", f"{plan.num_iterations:,}", f"{plan.total_batch_size:,}",
             plan.total_tokens / plan.scaling_params, plan.total_flops,
         )
+        check_architecture(job.run_dir, plan.config)
         rows = CorpusRows(
             manifest, tokenizer_folder, settings.max_seq_len, settings.seed, packing=settings.packing
         )
         result = train(job, stage, rows, plan.rows_per_step, plan.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}
+
+
+def check_architecture(run_dir: RunDir, config: ModelConfig) -> None:
+    """Raise ValueError if the newest checkpoint that lies here is of another network; its workers look again."""
+    from nanochat_ray.model.checkpoint import META_FILE, Checkpoint, saved_steps, step_folder
+
+    root = run_dir.checkpoints("pretrain")
+    for step in saved_steps(root)[-1:]:
+        meta = step_folder(root, step) / META_FILE
+        if meta.exists():
+            Checkpoint(meta.parent, step, read_json(meta)).check_architecture(config)
 
 
 def go_back(run_dir: RunDir, step: int) -> None:

@@ -170,3 +170,29 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, shards):
     process.kill()
     process.wait()
     assert step.startswith(f"step {saved:05d}")
+
+
+def test_a_checkpoint_of_another_architecture_is_named_before_training(tiny_run, tmp_path):
+    storage, _ = tiny_run
+    shutil.copytree(storage, tmp_path / "copy")
+    stage = tmp_path / "copy" / "smoke" / "pretrain"
+    (stage / "_SUCCESS").unlink()
+    (meta,) = stage.glob("checkpoints/*/meta.json")
+    meta.write_text(meta.read_text().replace('"logit_softcap": 15.0', '"logit_softcap": 30.0'))
+    code, out = run(tmp_path / "copy", "speedrun.py", *TINY)
+    assert code == 1 and "is of another architecture" in out and "logit_softcap: 30.0 -> 15.0" in out, out
+
+
+def test_going_back_is_done_once(tmp_path, shards):
+    flags = ("--no-ray", "--data", str(shards), "--model-tag", "d1")
+    assert run(tmp_path, "tok_train.py", *flags, "--vocab-size", "300")[0] == 0
+    small = (*flags, "--depth=1", "--head-dim=16", "--aspect-ratio=32", "--max-seq-len=32", "--num-iterations=6",
+             "--total-batch-size=64", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1",
+             "--save-every=2", "--keep-checkpoints=9")  # fmt: skip
+    assert run(tmp_path, "pretrain.py", *small)[0] == 0
+    folder = tmp_path / "d1" / "pretrain"
+    for words in ("resuming from step 2", "went back to step 2 before"):
+        (folder / "_SUCCESS").unlink()
+        code, out = run(tmp_path, "pretrain.py", *small, "--resume-from-step", "2")
+        assert code == 0 and words in out, out
+    assert "resuming from step 6" in out
