@@ -191,8 +191,12 @@ class RowDealer:
                 raise ClusterError(f"no rows for step {step} within {wait_s:.0f} s: {self._describe()}")
             return None
 
+    def note_life(self) -> None:
+        """A rank lives, though it asks for nothing."""
+        self._asked_s = time.monotonic()
+
     def silent_s(self) -> float:
-        """Seconds since a rank last asked for rows."""
+        """Seconds since a rank was last heard of."""
         return time.monotonic() - self._asked_s
 
     def describe(self) -> str:

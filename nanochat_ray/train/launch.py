@@ -130,7 +130,7 @@ class Launch:
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # a dead dealer is the ranks' error, which ends the launch
             if silent_s > 2 * hang_s:
-                raise ClusterError(f"no rank has asked for rows for {silent_s:.0f} s, and Ray Train does not answer")
+                raise ClusterError(f"no rank was heard of for {silent_s:.0f} s, and Ray Train does not answer")
         if "error" in self.outcome:
             raise self.outcome["error"]
         return self.outcome["value"]
@@ -256,7 +256,8 @@ def train_worker(config: dict[str, Any]) -> Any:
     job = config["job"]
     stream = f"{job.stage_folder.name}-{config['lease_epoch']}"
     tracker = hooks = None
-    with Watchdog(job.stage_folder, world.rank, config["hang_s"]) as watchdog:
+    tell = config["dealer"].note_life.remote
+    with Watchdog(job.stage_folder, world.rank, config["hang_s"], tell) as watchdog:
         try:
             if world.rank == 0:
                 pull_records(job.stage_folder)
