@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -375,6 +376,36 @@ def test_a_failing_push_is_tried_again_then_told(machine, uri, monkeypatch):
         save(root, 3)  # nobody's mistake: the launch is tried again
     failures = 0
     assert is_of(latest_checkpoint(root), 2) and newest_whole_step(root) == 2
+
+
+def test_a_commit_waits_for_the_store(machine, uri, monkeypatch):
+    """The store answers again after more tries than one call makes; the lease's lock is free meanwhile."""
+    run = RunDir.of(uri, "d4")
+    with Lease.acquire(run.root) as lease:
+        hooks = FolderHooks(run.stage("pretrain"), lease.epoch, World(), None, background=True)
+        real, failures = run_dir_module.check_writer, iter(range(3))
+
+        def check_writer(root, epoch):
+            if next(failures, None) is not None:
+                raise ConnectionError("no answer")
+            real(root, epoch)
+
+        def sleep(seconds):
+            with run_dir_module.locked(run.root / run_dir_module.LEASE_LOCK_FILE, 5.0):
+                waits.append(seconds)
+
+        waits = []
+        monkeypatch.setattr(run_dir_module, "check_writer", check_writer)
+        clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic, perf_counter=time.perf_counter)
+        monkeypatch.setattr(hooks_module, "time", clock)
+        hooks.save(1, TrainingState({"w": torch.full((2,), 1.0)}, {}, {}))
+        hooks.flush()
+        assert waits == [*hooks_module.COMMIT_WAITS_S] and is_of(latest_checkpoint(run.checkpoints("pretrain")), 1)
+        failures = iter(range(1000))
+        hooks.save(2, TrainingState({"w": torch.full((2,), 1.0)}, {}, {}))
+        with pytest.raises(ConnectionError, match="step 2 not saved"):
+            hooks.flush()
+        hooks.close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ OpenBatches = Callable[[Cursor, int], Iterator[PackedBatch]]  # (cursor, first s
 SAVE_INTERVAL_S = 600.0
 WATCH_INTERVAL_S = 3.0
 PUSH_METRICS_EVERY = 5  # looks of the watch
+COMMIT_WAITS_S = (5.0, 10.0, 20.0)  # besides what each try itself waits for the store
 BEAT_EVERY_S = 1.0
 BEAT_AT_MOST_S = 3600.0  # a write that takes longer counts as hung
 
@@ -169,8 +170,20 @@ class FolderHooks:
             self._guard,
         )
 
-    def _guard(self) -> AbstractContextManager[None]:
-        return writing_as(self.folder.parent, self.lease_epoch)
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """The right to commit. While the store does not say who has it, the lock is not held between two tries."""
+        with ExitStack() as held:
+            for wait_s in (*COMMIT_WAITS_S, None):
+                try:
+                    held.enter_context(writing_as(self.folder.parent, self.lease_epoch))
+                    break
+                except ConnectionError as error:
+                    if wait_s is None:
+                        raise
+                    logger.info("%s; trying again in %g s", error, wait_s)
+                    time.sleep(wait_s)
+            yield
 
     def _hand_over(self, call: Callable[..., None], *args: Any) -> None:
         if self._writer is None:
