@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_", "DS_ACCELERATOR")
+PASSED_ON = ("WANDB_", "NANOCHAT_", "AWS_", "AZURE_", "GOOGLE_APPLICATION_CREDENTIALS", "HF_", "DS_ACCELERATOR")
 FinishReason = Literal["stop", "length"]
 
 

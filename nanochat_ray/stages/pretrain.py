@@ -82,7 +82,7 @@ def pretrain(job: PretrainJob, world: World, open_batches: OpenBatches, hooks: H
     compiled = compile_wanted(settings.compile, world)
     strategy = build_strategy(job.parallel, model, world, rates, dtype=dtype, compiled=compiled)
     state = LoopState()
-    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world)
+    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world, hooks)
     if checkpoint is not None:
         checkpoint.check_architecture(plan.config)
         state = load_checkpoint(strategy, checkpoint)

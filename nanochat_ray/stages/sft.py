@@ -108,7 +108,7 @@ def finetune(job: SFTJob, world: World, open_batches: OpenBatches, hooks: Hooks)
     compiled = compile_wanted(settings.compile, world)
     strategy = build_strategy(job.parallel, model, world, rates, dtype=dtype, compiled=compiled)
     state = LoopState()
-    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world)
+    checkpoint = checkpoint_to_go_on_from(job.stage_folder / CHECKPOINTS, world, hooks)
     if checkpoint is not None:
         state = load_checkpoint(strategy, checkpoint)
         logger.info("resuming from step %d", checkpoint.step)

@@ -109,13 +109,13 @@ def mfu(flops_per_s: float, peak_flops_per_s: float) -> float | None:
     return 100 * flops_per_s / peak_flops_per_s if math.isfinite(peak_flops_per_s) else None
 
 
-def checkpoint_to_go_on_from(root: Path, world: World) -> Checkpoint | None:
+def checkpoint_to_go_on_from(root: Path, world: World, hooks: Hooks) -> Checkpoint | None:
     """The newest checkpoint that verifies on rank 0, for every rank: another node's view of a folder may lag behind."""
-    found = latest_checkpoint(root) if world.rank == 0 else None
+    found = latest_checkpoint(root, hooks.beat) if world.rank == 0 else None
     step = int(sum_over_ranks([found.step + 1 if found else 0], world)[0]) - 1
     if step < 0:
         return None
-    return found or open_checkpoint(root, step)
+    return found or open_checkpoint(root, step, hooks.beat)
 
 
 def check_loss(loss: float, step: int, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -29,7 +29,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import ClusterError, Cursor, PassedOn, World
-from nanochat_ray.model.checkpoint import saved_steps
+from nanochat_ray.model.checkpoint import newest_whole_step
 from nanochat_ray.observe.metrics import RayGauges
 from nanochat_ray.report.tracker import Tracker
 from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, pull_records, request_stop
@@ -42,10 +42,13 @@ from nanochat_ray.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 RAY_FOLDER = "ray"  # below the stage's folder: what Ray Train keeps for itself while it runs
 LOOK_EVERY_S = 2.0
 OPEN_S = 60.0
 GROW_EVERY_S = 60.0
+STORE_LOOK_S = 30.0
 # What a person, a disk, another job or the numbers caused, so that trying again would end in the same way; but for
 USER_ERRORS = (ValueError, OSError, StaleWriterError, FloatingPointError, torch.OutOfMemoryError)
 PASSING_ERRORS = (ConnectionError, TimeoutError)  # which are OSErrors too
@@ -148,10 +151,14 @@ def fit(
     """
     stage = job.stage_folder.name
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, patience.hang_s)))
+
+    def stored(call: Callable[[], T]) -> T:
+        return patiently(call, stage, patience.wait_s)
+
     launches = failures = 0
     grow_every_s, wanted_more_than = GROW_EVERY_S, 0
     while True:
-        saved = newest_step(job)
+        saved = stored(lambda: newest_step(job))
         count = wait_for_room(workers, stage, patience.wait_s, patience.can_grow, asked_to_stop)
         if count is None:
             return {"status": "stopped", "step": saved, "metrics": {}}
@@ -159,7 +166,7 @@ def fit(
         if wanted_more_than and count <= wanted_more_than:  # others were faster: ask less and less often
             grow_every_s *= 2
         wanted_more_than = 0
-        epoch = lease.advance() if launches > 1 else lease.epoch
+        epoch = stored(lease.advance) if launches > 1 else lease.epoch
         try:
             settings = {"job": job, "lease_epoch": epoch, "tracker_run": tracker_run, "hang_s": patience.hang_s,
                         "keep_last": keep_last, "grow_every_s": grow_every_s}  # fmt: skip
@@ -168,8 +175,8 @@ def fit(
             if no_use_to_retry(error):
                 raise
             if not asked_to_stop():
-                clear_stop(job.stage_folder)  # the request of a launch that died before it grew
-            reached = newest_step(job)
+                stored(lambda: clear_stop(job.stage_folder))  # the request of a launch that died before it grew
+            reached = stored(lambda: newest_step(job))
             failures = 0 if reached > saved else failures + 1
             if failures > patience.max_restarts:
                 raise ClusterError(
@@ -180,7 +187,7 @@ def fit(
                            stage, _in_short(error), reached, failures, patience.max_restarts)
             continue
         if result["status"] == "stopped" and not asked_to_stop():  # but by this launch, to grow
-            clear_stop(job.stage_folder)
+            stored(lambda: clear_stop(job.stage_folder))
             if asked_to_stop():  # meanwhile
                 request_stop(job.stage_folder)
             wanted_more_than = count
@@ -230,8 +237,21 @@ def no_use_to_retry(error: BaseException) -> bool:
 
 
 def newest_step(job: PretrainJob | SFTJob) -> int:
-    """The step of the newest checkpoint folder, 0 without one."""
-    return max(saved_steps(job.stage_folder / CHECKPOINTS), default=0)
+    """The step of the newest whole checkpoint, 0 without one."""
+    return newest_whole_step(job.stage_folder / CHECKPOINTS)
+
+
+def patiently(call: Callable[[], T], what: str, wait_s: float) -> T:
+    """What `call` returns, also if the run's store is away for some time, at most `wait_s`."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return call()
+        except ConnectionError as error:
+            if time.monotonic() - begun > wait_s:
+                raise
+            logger.warning("%s: waiting for the run's store: %s", what, error)
+            time.sleep(STORE_LOOK_S)
 
 
 def worker_environment(workers: Workers) -> dict[str, str]:
