@@ -13,10 +13,11 @@ from nanochat_ray.model.checkpoint import sweep
 from nanochat_ray.report.tracker import Tracker
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.hooks import FolderHooks
-from nanochat_ray.stages.parallel import DEEPSPEED_OPTIMIZER, check_strategy
+from nanochat_ray.stages.parallel import check_strategy
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rows import RowSource, plain_row_blocks
 from nanochat_ray.stages.sft import SFTJob, finetune
+from nanochat_ray.stages.strategy import DEEPSPEED_OPTIMIZER
 from nanochat_ray.text.packing import step_batches
 
 logger = logging.getLogger("nanochat_ray")

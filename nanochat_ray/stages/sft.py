@@ -20,7 +20,7 @@ from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.run_dir import CHECKPOINTS
 from nanochat_ray.stages.evaluation import ChatTasks, chatcore_in_loop
 from nanochat_ray.stages.hooks import Hooks, OpenBatches
-from nanochat_ray.stages.parallel import Strategy, build_strategy, check_strategy
+from nanochat_ray.stages.parallel import build_strategy, check_strategy
 from nanochat_ray.stages.pretrain import compile_wanted
 from nanochat_ray.stages.rows import MixtureRows
 from nanochat_ray.stages.step import (
@@ -39,6 +39,7 @@ from nanochat_ray.stages.step import (
     mfu,
     validation_bpb,
 )
+from nanochat_ray.stages.strategy import Strategy
 from nanochat_ray.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from nanochat_ray.metrics.bits_per_byte import bits_per_byte, evaluate_bpb
 from nanochat_ray.model.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.stages.hooks import Hooks, TrainingState
-from nanochat_ray.stages.parallel import Strategy
 from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.staging import micro_batches
+from nanochat_ray.stages.strategy import Strategy
 from nanochat_ray.text.packing import rank_part
 
 EMA_DECAY = 0.9
