@@ -640,6 +640,8 @@ def test_half_a_lease_is_read_again(machine, uri, monkeypatch):
 
     def read(remote, path):
         data = real(remote, path)
+        if path.parent != root:
+            return data  # asked by a thread of another run
         seen.append(path.name)
         return data[: 10 * len(seen)] if len(seen) < 3 else data
 

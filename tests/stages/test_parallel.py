@@ -332,7 +332,7 @@ def test_bad_names_and_missing_packages(monkeypatch):
         check_strategy("zero4")
     monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: None)
     for name in ("zero1", "zero2", "zero3"):
-        with pytest.raises(ValueError, match=r"deepspeed and ninja.*pip install 'nanochat-ray\[deepspeed\]'"):
+        with pytest.raises(ValueError, match=r"deepspeed and ninja.*pip install -e '\.\[deepspeed\]'"):
             check_strategy(name)
     check_strategy("sharded", torch.float16)
     check_strategy("ddp")
