@@ -24,7 +24,7 @@ SAVE_EVERY = 5
 STEPS = 150
 TOKENIZER = ("--data", "embedded", "--model-tag", "m", "--vocab-size", "512", "--max-chars", "2000000")
 SIZES = ("--data", "embedded", "--model-tag", "m", "--save-every", str(SAVE_EVERY), "--num-iterations", str(STEPS),
-         "--hang-s", "30", "--dtype", "float32")  # fmt: skip
+         "--hang-s", "20", "--dtype", "float32")  # fmt: skip
 PRETRAIN = ("pretrain.py", *SIZES, "--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "128",
             "--total-batch-size", "1024", "--device-batch-size", "8", "--eval-every", "50", "--eval-tokens", "2048",
             "--core-metric-every", "-1", "--sample-every", "-1")  # fmt: skip
