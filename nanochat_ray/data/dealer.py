@@ -41,6 +41,7 @@ STEPS_AHEAD = 64
 BYTES_AHEAD = 256 << 20
 MIN_STEPS_AHEAD = 4
 WAIT_S = 600.0
+START_S = 60.0  # for the first packing process to start: without it the workers have taken the CPU that it needs
 SAY_EVERY_S = 30.0
 TURN_S = 6.0  # one call of a packing process that waits
 HUNGRY_S = 5.0  # without the next item, after which those behind it may be packed too
@@ -155,6 +156,7 @@ class RowDealer:
         self._end: int | None = None
         self._taken = 0  # items of the stream that were needed so far
         self._hungry_since: float | None = None  # while the next one is waited for
+        self._packing = False  # whether a packing process has started
         self._asked_s = time.monotonic()
 
     def __repr__(self) -> str:
@@ -164,6 +166,7 @@ class RowDealer:
         """Start dealing from a cursor under a new name; calls for the old name end with an error."""
         with self._changed:
             self._stream, self._parts, self._error, self._end, self._taken = stream, {}, None, None, 0
+            self._packing = False
             self._asked_s = time.monotonic()
             self._changed.notify_all()
         threading.Thread(
@@ -174,11 +177,14 @@ class RowDealer:
         """A rank's rows of a step, None behind the stream's end. Raises what packing raised."""
         self._asked_s = time.monotonic()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stream != stream or self._error or (step, rank) in self._parts
-                or (self._end is not None and step >= self._end),
-                timeout=wait_s,
-            )
+
+            def answerable() -> bool:
+                ended = self._end is not None and step >= self._end
+                return self._stream != stream or bool(self._error) or (step, rank) in self._parts or ended
+
+            self._changed.wait_for(lambda: answerable() or self._packing, timeout=min(wait_s, START_S))
+            if answerable() or self._packing:
+                self._changed.wait_for(answerable, timeout=wait_s)
             if self._stream != stream:
                 raise ClusterError(f"the stream of rows {stream!r} is closed; open is {self._stream!r}")
             if (step, rank) in self._parts:
@@ -188,7 +194,8 @@ class RowDealer:
             if self._error:
                 raise self._error
             if self._end is None:
-                raise ClusterError(f"no rows for step {step} within {wait_s:.0f} s: {self._describe()}")
+                waited_s = wait_s if self._packing else min(wait_s, START_S)
+                raise ClusterError(f"no rows for step {step} within {waited_s:.0f} s: {self._describe()}")
             return None
 
     def note_life(self) -> None:
@@ -211,6 +218,9 @@ class RowDealer:
         may: it may be queued behind an item that waits here, since its own process died.
         """
         with self._changed:
+            if self._stream == stream and not self._packing:
+                self._packing = True
+                self._changed.notify_all()
             self._changed.wait_for(lambda: self._stream != stream or number < self._too_far(), timeout=TURN_S)
             hungry = self._hungry_since is not None and time.monotonic() - self._hungry_since > HUNGRY_S
             too_far = max(self._too_far(), number + 1 if hungry else 0)
