@@ -39,7 +39,9 @@ def prepare_device(device: str) -> None:
     TF32. CPU: freed memory stays with the process. Otherwise every large tensor is
     memory that the kernel must first fill with zeros, which takes about a quarter of a training step.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(COMPILE_CACHE).expanduser()))
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not chosen or Path(chosen).name.startswith("torchinductor_"):  # torch sets its default when it is imported
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(COMPILE_CACHE).expanduser())
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
