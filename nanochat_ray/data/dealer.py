@@ -41,7 +41,8 @@ STEPS_AHEAD = 64
 BYTES_AHEAD = 256 << 20
 MIN_STEPS_AHEAD = 4
 WAIT_S = 600.0
-START_S = 60.0  # for the first packing process to start: without it the workers have taken the CPU that it needs
+LOST_S = 120.0  # without a word from any packing process while rows are wanted: none has a CPU to start on
+LOOK_S = 5.0
 SAY_EVERY_S = 30.0
 TURN_S = 6.0  # one call of a packing process that waits
 HUNGRY_S = 5.0  # without the next item, after which those behind it may be packed too
@@ -156,7 +157,7 @@ class RowDealer:
         self._end: int | None = None
         self._taken = 0  # items of the stream that were needed so far
         self._hungry_since: float | None = None  # while the next one is waited for
-        self._packing = False  # whether a packing process has started
+        self._heard_s = time.monotonic()  # when a packing process last asked
         self._asked_s = time.monotonic()
 
     def __repr__(self) -> str:
@@ -166,7 +167,7 @@ class RowDealer:
         """Start dealing from a cursor under a new name; calls for the old name end with an error."""
         with self._changed:
             self._stream, self._parts, self._error, self._end, self._taken = stream, {}, None, None, 0
-            self._packing = False
+            self._heard_s = time.monotonic()
             self._asked_s = time.monotonic()
             self._changed.notify_all()
         threading.Thread(
@@ -182,9 +183,10 @@ class RowDealer:
                 ended = self._end is not None and step >= self._end
                 return self._stream != stream or bool(self._error) or (step, rank) in self._parts or ended
 
-            self._changed.wait_for(lambda: answerable() or self._packing, timeout=min(wait_s, START_S))
-            if answerable() or self._packing:
-                self._changed.wait_for(answerable, timeout=wait_s)
+            begun = time.monotonic()
+            while not self._changed.wait_for(answerable, timeout=min(LOOK_S, wait_s)):
+                if time.monotonic() - begun >= wait_s or self._lost():
+                    break
             if self._stream != stream:
                 raise ClusterError(f"the stream of rows {stream!r} is closed; open is {self._stream!r}")
             if (step, rank) in self._parts:
@@ -194,7 +196,7 @@ class RowDealer:
             if self._error:
                 raise self._error
             if self._end is None:
-                waited_s = wait_s if self._packing else min(wait_s, START_S)
+                waited_s = time.monotonic() - begun
                 raise ClusterError(f"no rows for step {step} within {waited_s:.0f} s: {self._describe()}")
             return None
 
@@ -218,13 +220,16 @@ class RowDealer:
         may: it may be queued behind an item that waits here, since its own process died.
         """
         with self._changed:
-            if self._stream == stream and not self._packing:
-                self._packing = True
-                self._changed.notify_all()
+            self._heard_s = time.monotonic()
             self._changed.wait_for(lambda: self._stream != stream or number < self._too_far(), timeout=TURN_S)
             hungry = self._hungry_since is not None and time.monotonic() - self._hungry_since > HUNGRY_S
             too_far = max(self._too_far(), number + 1 if hungry else 0)
             return too_far if self._stream == stream else None
+
+    def _lost(self) -> bool:
+        """Whether the next item is missing and nobody has been heard of for long who could pack it."""
+        since = self._hungry_since
+        return since is not None and time.monotonic() - max(since, self._heard_s) > LOST_S
 
     def _too_far(self) -> int:
         return self._taken + ITEMS_AHEAD * self.actors
