@@ -130,21 +130,26 @@ class SamplingParams:
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # None or 0: the whole vocabulary
+    top_p: float = 1.0  # of the likelihood that top_k leaves, the most likely tokens that make up this share
     max_tokens: int = 256  # forced tool output counts
     seed: int = 42
     num_samples: int = 1
     use_tools: bool = True
+    stop: tuple[str, ...] = ()  # texts that end a stream; matched in plain text, not in tool calls
+    logprobs: int | None = None  # None: none; else of each token, and of so many most likely ones beside it
 
 
 @dataclass(frozen=True)
 class TokenEvent:
     """One token of one stream, in the order of decoding."""
 
-    prompt: int  # index in the list of prompts
+    prompt: int  # index in the list of prompts, or the number of a submitted request
     sample: int
     token: int
     forced: bool  # True: put there by a tool, not sampled
     finish_reason: FinishReason | None = None  # set on a stream's last event; its token is then part of the stream
+    logprob: float | None = None  # natural logarithm of its probability at temperature 1 over the whole vocabulary
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the most likely tokens with theirs, in falling order
 
 
 @dataclass(frozen=True)
@@ -155,4 +160,5 @@ class Rollout:
     token_ids: Sequence[int]  # without the terminal token
     mask: Sequence[int]  # 1 where the token was sampled, 0 where a tool forced it
     finish_reason: FinishReason
-    terminal_token: int | None = None  # the id that stopped it; None if it ran out of length
+    terminal_token: int | None = None  # the id that stopped it; None if it ran out of length or met a stop text
+    logprobs: Sequence[float] | None = None  # of token_ids, if they were asked for

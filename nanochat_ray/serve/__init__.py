@@ -1,0 +1,1 @@
+"""Ray Serve: the engine behind HTTP, with OpenAI's API and a chat page."""
