@@ -241,6 +241,7 @@ class ChatSettings(Settings):
     prompt: str | None = Field(None, description="answer this and leave", json_schema_extra={"short": "-p"})
     temperature: float = Field(0.6, ge=0, json_schema_extra={"short": "-t"})
     top_k: int | None = Field(50, ge=0, json_schema_extra={"short": "-k"})
+    top_p: float = Field(1.0, gt=0, le=1, description="of what top_k leaves, the most likely tokens of this share")
     max_new_tokens: int = Field(256, ge=1, json_schema_extra={"short": "-m"})
     seed: int | None = Field(None, description="unset: another one for each reply")
     system: str | None = Field(None, description="text put in front of the first question")

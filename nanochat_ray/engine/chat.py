@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -10,52 +9,41 @@ from typing import Any
 
 from nanochat_ray.config import ChatSettings
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.stream_text import Piece, StreamText
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.text.conversation import parse_reply, render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
 class ReplyText:
-    """Tokens of a reply in, text for a person out: whole characters only, a tool call as `[12*7 = 84]`, no markers."""
+    """Tokens of a reply in, text for a terminal out: whole characters, a tool call as `[12*7 = 84]`, no markers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._names = {token: name for name, token in tokenizer.special.items()}
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._block: list[int] | None = None  # tokens of the open expression or result
+        self._stream = StreamText(tokenizer)
+        self._openings = {tokenizer.encode_special(f"<|{block}_start|>") for block in ("python", "output")}
         self._call: str | None = None  # an expression whose result may follow
 
     def feed(self, token: int) -> str:
         """The text that the next token makes visible, often empty."""
-        name = self._names.get(token)
-        if name is None and self._block is not None:
-            self._block.append(token)
-            return ""
-        if name is None:
-            return self._flush_call() + self._decoder.decode(self._tokenizer.decode_bytes([token]))
-        text = self._decoder.decode(b"", final=True)  # a character that a marker cuts is not going to be completed
-        if name == "<|python_start|>":
-            text += self._flush_call()
-            self._block = []
-        elif name == "<|output_start|>":
-            self._block = []
-        elif name == "<|python_end|>" and self._block is not None:
-            self._call, self._block = self._tokenizer.decode(self._block), None
-        elif name == "<|output_end|>" and self._block is not None:
-            result, self._block = self._tokenizer.decode(self._block), None
-            text += f"[{self._call} = {result}]" if self._call is not None else f"[{result}]"
-            self._call = None
-        return text
+        # What an opening marker ends was never closed: the model began the expression anew.
+        begins = token in self._openings
+        return "".join(self._show(piece) for piece in self._stream.feed(token) if piece.kind == "text" or not begins)
 
     def finish(self) -> str:
         """What is still held back when the reply is over."""
-        text = self._decoder.decode(b"", final=True) + self._flush_call()
-        if self._block:
-            text += f"[{self._tokenizer.decode(self._block)}]"
-        self._block = None
-        return text
+        return "".join(self._show(piece) for piece in self._stream.finish() if piece.text) + self._take_call()
 
-    def _flush_call(self) -> str:
+    def _show(self, piece: Piece) -> str:
+        if piece.kind == "python_output" and self._call is not None:
+            call, self._call = self._call, None
+            return f"[{call} = {piece.text}]"
+        before = self._take_call()
+        if piece.kind == "python":
+            self._call = piece.text
+            return before
+        return before + (piece.text if piece.kind == "text" else f"[{piece.text}]")
+
+    def _take_call(self) -> str:
         call, self._call = self._call, None
         return "" if call is None else f"[{call}]"
 
@@ -105,6 +93,7 @@ class ChatSession:
         params = SamplingParams(
             temperature=s.temperature,
             top_k=s.top_k,
+            top_p=s.top_p,
             max_tokens=s.max_new_tokens,
             seed=secrets.randbits(32) if s.seed is None else s.seed + self._n_replies,
         )
