@@ -1,90 +1,269 @@
-"""Generation: prompts and sampling parameters in, a stream of tokens out, many sequences in one batch."""
+"""Generation: requests come and go between steps, all that run share each step's forward pass."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import psutil
 import torch
-from torch import Tensor
 
-from nanochat_ray.engine.kv_cache import KVCache
-from nanochat_ray.engine.sampler import row_generator, sample
+from nanochat_ray.engine.blocks import Node
+from nanochat_ray.engine.cuda_graphs import DecodeGraphs
+from nanochat_ray.engine.kv_cache import KVCache, kinds_of, page_bytes, pages_needed
+from nanochat_ray.engine.sampler import RowSampler, check_sampling, sample_rows
+from nanochat_ray.engine.scheduler import Scheduler, Stream
+from nanochat_ray.engine.stream_text import StreamText
 from nanochat_ray.engine.tool_use import ToolState
-from nanochat_ray.messages import FinishReason, Rollout, SamplingParams, TokenEvent
+from nanochat_ray.messages import Rollout, SamplingParams, TokenEvent
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
 
-
-@dataclass
-class _Stream:
-    """One sample of one prompt while it is being decoded."""
-
-    prompt: int
-    sample: int
-    max_tokens: int
-    generator: torch.Generator
-    tools: ToolState | None
-    forced: deque[int] = field(default_factory=deque)  # tokens that a tool wants next
-    n_tokens: int = 0
-    last: int = -1
-    finished: bool = False
-
-    def take(self, sampled: int, terminals: frozenset[int]) -> TokenEvent:
-        """Append the sampled token, or the forced one that is due instead of it."""
-        forced = bool(self.forced)
-        token = self.forced.popleft() if forced else sampled
-        if self.tools is not None and not forced:
-            self.forced.extend(self.tools.feed(token))
-        self.n_tokens += 1
-        self.last = token
-        reason: FinishReason | None = None
-        if token in terminals:
-            reason = "stop"
-        elif self.n_tokens == self.max_tokens:
-            reason = "length"
-        self.finished = reason is not None
-        return TokenEvent(self.prompt, self.sample, token, forced, reason)
+# Of the free memory, how much the cache may take when it is not told.
+KV_FRAC_CPU, KV_FRAC_GPU = 0.25, 0.8
 
 
-@dataclass
-class _Prefilled:
-    """A prompt that has been read, and those of its samples that have not begun."""
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing, and what it has done since it was made."""
 
-    cache: KVCache  # one row
-    logits: Tensor  # (1, V) of the prompt's last position
-    waiting: deque[_Stream]
+    running: int  # streams
+    waiting: int
+    blocks_used: int  # pages of the cache that streams hold
+    blocks_total: int
+    prompt_tokens: int  # of the streams that began; each sample counts its prompt
+    cached_tokens: int  # of those, found in the cache
+    sampled_tokens: int
+    preemptions: int
+    version: int  # of the weights for new requests
+
+
+class _Weights:
+    """One version: the network, the root of what was computed with it, and its decoding steps on a GPU."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.root = model, Node()
+        self.graphs = DecodeGraphs(model) if model.device.type == "cuda" else None
 
 
 class Engine:
-    """Decodes with a key-value cache, up to `max_rows` sequences of any prompts at once.
+    """Decodes up to `max_rows` streams at once with a paged key-value cache (arXiv:2309.06180).
 
-    A finished row leaves the batch, and prompts that wait take the room. The tokens of one sample do not depend on what
-    else is in the batch, up to the rounding of matrix products of different sizes.
+    Between two steps requests join and leave. A step computes the next token of every running stream and at most
+    `chunk_tokens` tokens of prompts. Beginnings that were computed before are found in the cache. The tokens of one
+    sample do not depend on what else is running, up to the rounding of matrix products of different sizes.
+    Not for several threads at once.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, max_rows: int = 64) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows {max_rows}: an engine needs at least one row")
-        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, max_rows: int = 64, *, block_size: int = 16, chunk_tokens: int = 256,
+        kv_bytes: int | None = None, prefix_cache: bool = True,
+    ) -> None:  # fmt: skip
+        """`kv_bytes` is the memory of the cache; unset, what `max_rows` whole contexts need, within the free memory."""
+        if min(max_rows, block_size, chunk_tokens) < 1:
+            raise ValueError(
+                f"max_rows {max_rows}, block_size {block_size} and chunk_tokens {chunk_tokens} must be at least 1"
+            )
+        self.tokenizer, self.max_rows, self.chunk_tokens = tokenizer, max_rows, chunk_tokens
         self.terminals = frozenset({tokenizer.encode_special("<|assistant_end|>"), tokenizer.bos_id})
+        self.version = 0
+        self._weights = {0: _Weights(model)}  # by version
+        n_pages = _n_pages(model, max_rows, block_size, chunk_tokens, kv_bytes)
+        config = model.config
+        cache = KVCache(
+            config, n_pages, max_rows, config.sequence_len, block_size, model.device, model.compute_dtype
+        )
+        self._scheduler = Scheduler(cache, max_rows, chunk_tokens, prefix_cache)
+        self._requests: dict[int, list[Stream]] = {}  # those that have not ended
+        self._n_requests = self._sampled_tokens = 0
+        self._unread: dict[int, list[TokenEvent]] = {}  # events of one `generate` that another one came by
+
+    @property
+    def model(self) -> GPT:
+        """The network for new requests."""
+        return self._weights[self.version].model
 
     @property
     def context(self) -> int:
         """Positions a sequence may fill, prompt included."""
         return self.model.config.sequence_len
 
+    @property
+    def busy(self) -> bool:
+        """Whether any stream runs or waits."""
+        return bool(self._requests)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise ValueError for a request that cannot be served.
+
+        An empty prompt, one longer than the context, ids beyond the vocabulary, parameters without meaning, and more
+        positions than the whole cache has.
+        """
+        p = params
+        if p.max_tokens < 1 or p.num_samples < 1:
+            raise ValueError(f"max_tokens {p.max_tokens} and num_samples {p.num_samples} must be at least 1")
+        check_sampling(p)
+        if not 1 <= len(prompt) <= self.context:
+            raise ValueError(
+                f"a prompt has {len(prompt)} tokens, the model's context is 1 to {self.context}; shorten it"
+            )
+        vocab_size = self.model.config.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"a prompt has an id that is not among the model's 0 to {vocab_size - 1}")
+        cache = self._scheduler.cache
+        longest = min(len(prompt) + p.max_tokens - 1, self.context)
+        wanted = cache.most_pages(longest, self.chunk_tokens)
+        if wanted > cache.pool.n_pages:
+            raise ValueError(
+                f"{len(prompt)} tokens of prompt and {p.max_tokens} more need {wanted} pages of the cache, "
+                f"which has {cache.pool.n_pages}; ask for less, or give it more memory"
+            )
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a request; its number, which stands in the events of its streams. ValueError as in `check`."""
+        self.check(prompt, params)
+        number, self._n_requests = self._n_requests, self._n_requests + 1
+        streams = [
+            Stream(
+                request=number,
+                sample=sample,
+                version=self.version,
+                root=self._weights[self.version].root,
+                tokens=list(prompt),
+                # The last token of a stream is never read, so a prompt that fills the context still gets one.
+                max_len=min(len(prompt) + params.max_tokens, self.context + 1),
+                sampler=RowSampler(params, sample),
+                tools=ToolState(self.tokenizer) if params.use_tools else None,
+                text=StreamText(self.tokenizer, params.stop) if params.stop else None,
+            )
+            for sample in range(params.num_samples)
+        ]
+        self._requests[number] = streams
+        self._scheduler.waiting += streams
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request without another event; its rows and blocks are free at once. One that has ended is ignored."""
+        for stream in self._requests.pop(number, ()):
+            self._scheduler.drop(stream)
+        self._forget_old_weights()
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Compute once: at most one token of every stream. A stream ends with the event that has a finish reason.
+
+        That is "stop" with its terminal token (the assistant's end or BOS) or with the token that completes a stop
+        text, "length" at `max_tokens` or when the context is full.
+        """
+        planned = self._scheduler.plan()
+        events = []
+        for version in sorted({stream.version for stream, _ in planned}):
+            events += self._forward(self._weights[version], [part for part in planned if part[0].version == version])
+        if any(event.finish_reason for event in events):
+            self._forget_old_weights()
+        return events
+
+    def _forward(self, weights: _Weights, planned: Sequence[tuple[Stream, int]]) -> list[TokenEvent]:
+        scheduler = self._scheduler
+        parts = []
+        for stream, n in planned:
+            assert stream.row is not None
+            parts.append((stream.row, stream.tokens[stream.row.n : stream.row.n + n]))
+        decoding = all(n == 1 and row.n for (row, _), (_, n) in zip(parts, planned, strict=True))
+        step = scheduler.cache.step(parts, padded=decoding and weights.graphs is not None)
+        ordered = [planned[k] for k in step.order]
+        ready = [place for place, (stream, n) in enumerate(ordered) if stream.pending == n]
+        if decoding and weights.graphs is not None:
+            logits = weights.graphs(step)  # (R, V)
+        else:
+            at = step.last[torch.tensor(ready, dtype=torch.int64, device=step.last.device)]
+            logits = weights.model(step.idx, cache=step, at=at)  # (ready, V)
+        step.done()
+        for stream, _ in ordered:
+            scheduler.computed(stream)
+        events = []
+        sampled = sample_rows(logits, [ordered[place][0].sampler for place in ready]) if ready else []
+        for place, token in zip(ready, sampled, strict=True):
+            stream = ordered[place][0]
+            events.append(stream.take(token, self.terminals))
+            self._sampled_tokens += not events[-1].forced
+            if stream.finished:
+                scheduler.drop(stream)
+                streams = self._requests[stream.request]
+                streams.remove(stream)
+                if not streams:
+                    del self._requests[stream.request]
+        return events
+
+    def update(self, model: GPT) -> int:
+        """Take new weights for the requests submitted from now on; those in flight keep theirs. Returns the version.
+
+        ValueError unless the network has the same shape, precision and device.
+        """
+        old = self.model
+        if (model.config, model.compute_dtype, model.device) != (old.config, old.compute_dtype, old.device):
+            raise ValueError(
+                f"new weights must fit the old ones' place: {model.config}, {model.compute_dtype}, {model.device} "
+                f"instead of {old.config}, {old.compute_dtype}, {old.device}; start another engine"
+            )
+        self.version += 1
+        self._weights[self.version] = _Weights(model)
+        self._forget_old_weights()
+        return self.version
+
+    def _forget_old_weights(self) -> None:
+        if len(self._weights) > 1:
+            alive = {stream.version for streams in self._requests.values() for stream in streams} | {self.version}
+            self._weights = {version: kept for version, kept in self._weights.items() if version in alive}
+
+    def forget(self) -> None:
+        """Empty the cache of what no running stream holds."""
+        self._scheduler.cache.pool.forget()
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        pool = scheduler.cache.pool
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=pool.held,
+            blocks_total=pool.n_pages,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            sampled_tokens=self._sampled_tokens,
+            preemptions=scheduler.preemptions,
+            version=self.version,
+        )
+
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
         """Decode `params.num_samples` completions of each prompt; events of all streams in the order of decoding.
 
-        A stream ends with the event that has a finish reason: "stop" with its terminal token (the assistant's end or
-        BOS), "length" at `max_tokens` or when the context is full. Closing the iterator stops everything. Raises
-        ValueError, before anything is decoded, for an empty prompt, one longer than the context, ids beyond the
-        vocabulary and parameters without meaning.
+        Each event's `prompt` is the index in `prompts`. Closing the iterator stops everything. Raises ValueError as
+        `check` does, before anything is decoded. Not to be mixed with `submit` and `step`.
         """
-        self._check(prompts, params)
+        for number, prompt in enumerate(prompts):
+            try:
+                self.check(prompt, params)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
         return self._decode_all(prompts, params)
+
+    def _decode_all(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
+        index = {self.submit(prompt, params): k for k, prompt in enumerate(prompts)}
+        self._unread.update({number: [] for number in index})
+        try:
+            while any(number in self._requests or self._unread[number] for number in index):
+                mine = [event for number in index for event in self._unread[number]]
+                for number in index:
+                    self._unread[number] = []
+                for event in mine:
+                    yield _renumbered(event, index[event.prompt])
+                for event in [] if mine else self.step():
+                    self._unread[event.prompt].append(event)
+        finally:
+            for number in index:
+                self.cancel(number)
+                del self._unread[number]
 
     def rollouts(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Rollout]]:
         """What `generate` gives, collected: a list of `num_samples` completions for each prompt, in order."""
@@ -92,145 +271,42 @@ class Engine:
         for event in self.generate(prompts, params):
             events[event.prompt][event.sample].append(event)
         return [
-            [_rollout(prompt, stream) for stream in streams] for prompt, streams in zip(prompts, events, strict=True)
+            [self._rollout(prompt, stream, params) for stream in streams]
+            for prompt, streams in zip(prompts, events, strict=True)
         ]
 
-    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        if params.max_tokens < 1 or params.num_samples < 1:
-            raise ValueError(
-                f"max_tokens {params.max_tokens} and num_samples {params.num_samples} must be at least 1"
-            )
-        if params.temperature < 0 or (params.top_k or 0) < 0:
-            raise ValueError(f"temperature {params.temperature} and top_k {params.top_k} must not be negative")
-        vocab_size = self.model.config.vocab_size
-        for number, prompt in enumerate(prompts):
-            if not 1 <= len(prompt) <= self.context:
-                raise ValueError(
-                    f"prompt {number} has {len(prompt)} tokens, the model's context is 1 to {self.context}; shorten it"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-                raise ValueError(f"prompt {number} has an id that is not among the model's 0 to {vocab_size - 1}")
-
-    def _decode_all(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
-        # The last token of a stream is never read, so a prompt that fills the context still gets one.
-        capacity = min(max((len(prompt) for prompt in prompts), default=1) + params.max_tokens - 1, self.context)
-        prefills = (self._prefill(number, prompt, params) for number, prompt in enumerate(prompts))
-        group = next(prefills, None)
-        streams: list[_Stream] = []
-        cache: KVCache | None = None
-        while group or streams:
-            # Joining copies the whole batch, so it waits until some room has come together.
-            if group and (not streams or len(streams) <= 0.75 * self.max_rows):
-                parts = [cache] if cache else []
-                while group and len(streams) < self.max_rows:
-                    room = min(self.max_rows - len(streams), len(group.waiting))
-                    new = [group.waiting.popleft() for _ in range(room)]
-                    yield from self._advance(new, group.logits.expand(room, -1), params)
-                    new = [stream for stream in new if not stream.finished]
-                    if new:
-                        parts.append(group.cache.expand(len(new), capacity))
-                        streams += new
-                    group = group if group.waiting else next(prefills, None)
-                cache = _join(parts, capacity)
-            if cache:
-                yield from self._advance(streams, self._forward(streams, cache), params)
-                order = _evict(cache, [stream.finished for stream in streams])
-                streams = [streams[row] for row in order]
-                cache = cache if streams else None
-
-    def _advance(self, streams: list[_Stream], logits: Tensor, params: SamplingParams) -> Iterator[TokenEvent]:
-        """One token for each stream. Every position draws, forced ones too: draw n of a stream belongs to token n."""
-        sampled = sample(logits, params.temperature, params.top_k, [stream.generator for stream in streams])
-        for stream, token in zip(streams, sampled.tolist(), strict=True):
-            yield stream.take(token, self.terminals)
-
-    @torch.inference_mode()
-    def _prefill(self, number: int, prompt: Sequence[int], params: SamplingParams) -> _Prefilled:
-        model = self.model
-        cache = KVCache(model.config, 1, len(prompt), model.device, model.compute_dtype)
-        idx = torch.tensor([list(prompt)], device=model.device)  # (1, T)
-        logits = model(idx, cache=cache, last_only=True)[:, 0]  # (1, V)
-        max_tokens = min(params.max_tokens, self.context + 1 - len(prompt))
-        waiting = deque(
-            _Stream(
-                prompt=number,
-                sample=k,
-                max_tokens=max_tokens,
-                generator=row_generator(params.seed, k),
-                tools=ToolState(self.tokenizer) if params.use_tools else None,
-            )
-            for k in range(params.num_samples)
+    def _rollout(self, prompt: Sequence[int], events: list[TokenEvent], params: SamplingParams) -> Rollout:
+        reason, last = events[-1].finish_reason, events[-1].token
+        assert reason is not None, "a stream ends with a finish reason"
+        terminal = last if last in self.terminals else None
+        kept = events if terminal is None else events[:-1]
+        return Rollout(
+            prompt_ids=list(prompt),
+            token_ids=[event.token for event in kept],
+            mask=[int(not event.forced) for event in kept],
+            finish_reason=reason,
+            terminal_token=terminal,
+            logprobs=None if params.logprobs is None else [event.logprob or 0.0 for event in kept],
         )
-        return _Prefilled(cache, logits, waiting)
-
-    @torch.inference_mode()
-    def _forward(self, streams: list[_Stream], cache: KVCache) -> Tensor:
-        """Feed every stream its last token: logits (R, V) of the next."""
-        idx = torch.tensor([[stream.last] for stream in streams], device=self.model.device)  # (R, 1)
-        return self.model(idx, cache=cache, last_only=True)[:, 0]
 
 
-@torch.inference_mode()
-def _evict(cache: KVCache, finished: list[bool]) -> list[int]:
-    """Drop rows in place; returns the rows that stay, in their new order.
-
-    The last rows move into the places that become free, so that the cost is that of one row and not of the batch.
-    """
-    n = finished.count(False)
-    stay = [row for row in range(n, len(finished)) if not finished[row]]
-    order = [stay.pop() if finished[row] else row for row in range(n)]
-    if n == len(finished) or n == 0:
-        return order
-    for new, old in enumerate(order):
-        if new != old:
-            length = cache.lengths[old]
-            cache.k[:, new, :length] = cache.k[:, old, :length]
-            cache.v[:, new, :length] = cache.v[:, old, :length]
-    cache.k, cache.v = cache.k[:, :n], cache.v[:, :n]
-    cache.lengths = [cache.lengths[row] for row in order]
-    cache.prev_ids = cache.prev_ids[order]
-    return order
-
-
-def _join(parts: list[KVCache], capacity: int) -> KVCache | None:
-    if len(parts) > 1:
-        return KVCache.concat(parts, capacity)
-    return parts[0] if parts else None
-
-
-def _rollout(prompt: Sequence[int], events: list[TokenEvent]) -> Rollout:
-    reason = events[-1].finish_reason
-    assert reason is not None, "a stream ends with a finish reason"
-    terminal = events[-1].token if reason == "stop" else None
-    kept = events[:-1] if reason == "stop" else events
-    return Rollout(
-        prompt_ids=list(prompt),
-        token_ids=[event.token for event in kept],
-        mask=[int(not event.forced) for event in kept],
-        finish_reason=reason,
-        terminal_token=terminal,
+def _renumbered(event: TokenEvent, prompt: int) -> TokenEvent:
+    return TokenEvent(
+        prompt, event.sample, event.token, event.forced, event.finish_reason, event.logprob, event.top_logprobs
     )
 
 
-@torch.inference_mode()
-def naive_generate(
-    model: GPT, ids: Sequence[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
-) -> Iterator[int]:
-    """`max_tokens` ids after `ids`, each by a whole forward pass: the reference that the engine is tested against.
-
-    No cache, no tools, no stop. With `top_k`, all ids as likely as the k-th stay in.
-    """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    idx = torch.tensor([list(ids)], device=model.device)  # (1, T)
-    for _ in range(max_tokens):
-        logits = model(idx, last_only=True)[:, 0]  # (1, V)
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)
-        else:
-            logits = logits / temperature
-            if top_k:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-        idx = torch.cat([idx, token], dim=1)
-        yield int(token)
+def _n_pages(model: GPT, max_rows: int, block_size: int, chunk_tokens: int, kv_bytes: int | None) -> int:
+    """Pages of the cache."""
+    lefts, layers = kinds_of(model.config)
+    each = page_bytes(model.config, block_size, model.compute_dtype)
+    one = pages_needed(lefts, [len(those) for those in layers], model.config.sequence_len, chunk_tokens, block_size)
+    if kv_bytes is not None:
+        if kv_bytes < each * model.config.n_layer:
+            raise ValueError(f"kv_bytes {kv_bytes} are less than the {each * model.config.n_layer} of a single block")
+        return kv_bytes // each
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(model.device)[0] * KV_FRAC_GPU)
+    else:
+        free = int(psutil.virtual_memory().available * KV_FRAC_CPU)
+    return max(one, min(max_rows * one, free // each))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat_ray.engine.kv_cache import KVCache
+from nanochat_ray.engine.kv_cache import KVCache, Row
 from nanochat_ray.model.gpt import GPT
 
 LOGITS_FRAC = 1 / 8  # of the tokens of a batch, at most, have their logits computed
+BLOCK_SIZE = 16  # positions; beginnings are shared in whole blocks
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,40 @@ def tail_logits(model: GPT, groups: Sequence[Continuations]) -> Tensor:
 
     What stands behind a shorter tail's end has no meaning.
     """
-    tails = [tail for group in groups for tail in group.tails]
-    owner = [k for k, group in enumerate(groups) for _ in group.tails]
-    lengths = [len(group.stem) for group in groups]
-    capacity = max(lengths) + max(map(len, tails))
-    cache = KVCache(model.config, len(groups), capacity, model.device, model.compute_dtype)
-    if max(lengths):
-        model(_padded([group.stem for group in groups], model.device), cache=cache, last_only=True)
-        # What the padding left in the cache lies behind the row's end, where it is overwritten or never looked at.
-        cache.lengths = lengths
-        last = [group.stem[-1] if group.stem else 0 for group in groups]
-        cache.prev_ids = torch.tensor(last, device=model.device)  # (groups,)
-    if len(tails) > len(groups):
-        cache = cache.select(owner)
-    return model(_padded(tails, model.device), cache=cache)
+    shared = [len(group.stem) // BLOCK_SIZE * BLOCK_SIZE for group in groups]
+    rests = [group.stem[n:] for group, n in zip(groups, shared, strict=True)]
+    tails = [rest + tail for group, rest in zip(groups, rests, strict=True) for tail in group.tails]
+    T = max(map(len, tails))
+    n_blocks = len(groups) * max(shared) // BLOCK_SIZE + len(tails) * -(-T // BLOCK_SIZE)
+    n_pages, n_rows = model.config.n_layer * n_blocks, len(groups) + len(tails)
+    cache = KVCache(
+        model.config, n_pages, n_rows, max(shared) + T, BLOCK_SIZE, model.device, model.compute_dtype
+    )
+    stems = [cache.open() for _ in groups]
+    if max(shared):
+        nothing = torch.empty(len(groups), 0, dtype=torch.int64)
+        _forward(model, cache, stems, [group.stem[:n] for group, n in zip(groups, shared, strict=True)], nothing)
+        for stem, group, n in zip(stems, groups, shared, strict=True):  # what the padding left is given up
+            cache.trim(stem, n)
+            stem.last = group.stem[n - 1] if n else 0
+    rows = [cache.fork(stem) for stem, group in zip(stems, groups, strict=True) for _ in group.tails]
+    longest = max(group.max_tail for group in groups)
+    begins = torch.tensor([len(rest) for group, rest in zip(groups, rests, strict=True) for _ in group.tails])
+    return _forward(model, cache, rows, tails, (begins[:, None] + torch.arange(longest)).clamp(max=T - 1))
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(B, T) int64, filled up on the right with zeros."""
-    tensors = [torch.tensor(list(row), dtype=torch.int64) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+def _forward(
+    model: GPT, cache: KVCache, rows: Sequence[Row], tokens: Sequence[list[int]], offsets: Tensor
+) -> Tensor:
+    """Put tokens, filled up on the right with zeros to the same number, behind each row.
+
+    Logits (rows, S, V) at `offsets` (rows, S) from where each row's new tokens begin.
+    """
+    T = max(map(len, tokens))
+    for row in rows:
+        cache.extend(row, row.n + T)
+    step = cache.step([(row, new + [0] * (T - len(new))) for row, new in zip(rows, tokens, strict=True)])
+    places = torch.tensor(step.order).argsort()[:, None] * T + offsets  # (rows, S)
+    logits = model(step.idx, cache=step, at=places.flatten().to(model.device))
+    step.done()
+    return logits.unflatten(0, offsets.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -20,47 +20,17 @@ QUERY_BLOCK = 128  # queries per block of attention on a CPU
 
 
 class Cache(Protocol):
-    """What a forward pass needs of a key and value cache; engine/kv_cache.py has the real one."""
+    """Where new tokens stand, and the keys and values before them; engine/kv_cache.py has the real one."""
 
-    lengths: list[int]  # positions filled, per row
-    prev_ids: Tensor  # (B,) int64, the last token id of each row; of no meaning where the length is 0
+    positions: Tensor  # (B, T) int64, of each new token in its sequence
+    previous: Tensor  # (B, T) int64, the token id before each new token; of no meaning at position 0
 
-    def write(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, K, D) at the span's positions; returns all keys and values up to its end, (B, S, K, D)."""
-        ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new keys and values k, v (B, T, K, D); attention of the queries q (B, T, H, D), of the same shape.
 
-    def advance(self, idx: Tensor) -> None:
-        """Count the tokens idx (B, T) as stored, after the last layer has written."""
-        ...
-
-
-class Span:
-    """Where the new tokens of one forward pass stand, per row, and what they see."""
-
-    def __init__(self, starts: list[int], T: int, device: torch.device) -> None:
-        self.starts, self.T, self.device = starts, T, device
-        self.end = max(starts) + T
-        self.level = min(starts) == max(starts)  # all rows at the same place
-        self._reach: dict[int, tuple[int, Tensor | None]] = {}
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Position of each new token: (B, T)."""
-        return torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(self.T, device=self.device)
-
-    def reach(self, left: int, dtype: torch.dtype) -> tuple[int, Tensor | None]:
-        """First position that any new token sees, and what to add to the scores from there on to the end.
-
-        That is (B, 1, T, S), or None if every token sees all of it.
+        Each query sees what its layer's window reaches of its own sequence.
         """
-        if left not in self._reach:
-            first = max(0, min(self.starts) - left) if left >= 0 else 0
-            mask = None
-            if not (self.level and self.T == 1):
-                distance = self.positions[:, :, None] - torch.arange(first, self.end, device=self.device)  # (B, T, S)
-                mask = hide(distance, left, dtype)[:, None]
-            self._reach[left] = first, mask
-        return self._reach[left]
+        ...
 
 
 def windows_of(config: ModelConfig) -> list[int]:
@@ -215,25 +185,21 @@ def _ungroup(x: Tensor, K: int, out: Tensor) -> None:
     out.view(B, n, K, H // K, D).copy_(x.view(B, K, H // K, n, D).permute(0, 3, 1, 2, 4))
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, left: int, span: Span) -> Tensor:
-    """Causal attention of the new queries q (B, T, H, D); k, v (B, S, K, D) hold all positions up to the new ones."""
-    if span.end == span.T:
-        return attend(q, k, v, left)
-    first, mask = span.reach(left, q.dtype)
-    k, v = k[:, first:], v[:, first:]
-    if span.T == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
+def attend_stored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of the queries q (R, T, H, D) over stored keys and values k, v (R, K, S, D): (R, T, H, D).
+
+    `mask` (R, 1, T, S) is added to the scores, see `hide`.
+    """
+    if q.size(1) == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
         return _attend_one(q, k, v, mask)  # torch's CPU kernel is slow for single queries in bf16
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=q.size(2) != k.size(1))
     return y.transpose(1, 2)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query per row: q (B, 1, H, D), k and v (B, S, K, D) that lie in memory as (B, K, S, D)."""
-    B, S, K, D = k.shape
-    keys, values = k.transpose(1, 2).view(B * K, S, D), v.transpose(1, 2).view(B * K, S, D)
-    queries = q.view(B * K, -1, D)  # (B * K, G, D)
-    scores = torch.bmm(keys, queries.transpose(1, 2)).mul_(D**-0.5).transpose(1, 2)  # (B * K, G, S)
-    if mask is not None:
-        scores.view(B, K, -1, S).add_(mask)
-    return torch.bmm(torch.softmax(scores, dim=-1), values).view(q.shape)
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`attend_stored` for one query per row, q (R, 1, H, D)."""
+    R, K, S, D = k.shape
+    queries = q.reshape(R * K, -1, D)  # (R * K, G, D)
+    scores = torch.bmm(k.view(R * K, S, D), queries.transpose(1, 2)).mul_(D**-0.5).transpose(1, 2)  # (R * K, G, S)
+    scores.view(R, K, -1, S).add_(mask)
+    return torch.bmm(torch.softmax(scores, dim=-1), v.view(R * K, S, D)).view(q.shape)

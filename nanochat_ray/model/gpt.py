@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.model.attention import Cache, Span, attend, attend_cached, rotary_tables, windows_of
+from nanochat_ray.model.attention import Cache, attend, rotary_tables, windows_of
 from nanochat_ray.model.fp8 import Matrix, Recipe, fp8_linear
 from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu, wide
 
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         if has_value_embed(config, layer):
             self.ve_gate = Linear(config.value_gate_channels, config.n_kv_head)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, span: Span, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, cache: Cache | None) -> Tensor:
         c = self.config
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, self.left)
         else:
-            y = attend_cached(q, *cache.write(self.layer, k, v, span), self.left, span)
+            y = cache.attend(self.layer, q, k, v)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -125,8 +125,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, span: Span, cache: Cache | None) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, span, cache)
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, cache: Cache | None) -> Tensor:
+        x = x + self.attn(rms_norm(x, self.eps), value_embed, rotary, cache)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -244,22 +244,19 @@ class GPT(nn.Module):
         *,
         cache: Cache | None = None,
         reduction: str = "mean",
-        last_only: bool = False,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Loss if there are targets, else logits.
 
         idx (B, T) int; targets (B, T) int64, -1 ignored. The loss is in nats: "mean" over the targets (0 if there is
         none), "sum", or "none" for (B, T) fp32 with 0 where ignored. Logits are (B, T, V) fp32 after the soft cap, or
-        (B, 1, V) with `last_only`. With a cache, idx continues each of its rows. Raises ValueError when a row outgrows
-        the rotary table or the cache.
+        (n, V) at the n places `at` of the flattened idx. With a cache, idx continues its sequences. Raises ValueError
+        when a row outgrows the rotary table.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction {reduction!r}; choose from mean, sum, none")
-        if cache is not None and len(idx) != len(cache.lengths):
-            raise ValueError(f"{len(idx)} rows of tokens for a cache of {len(cache.lengths)} rows")
         c = self.config
-        span = Span([0] if cache is None else cache.lengths, idx.size(1), idx.device)
-        rotary = self.rotary(span)
+        rotary = self.rotary(idx.size(1)) if cache is None else self.rotary_at(cache.positions)
 
         e = self.embed(idx)  # (B, T, C)
         x = x0 = self.smear(e, cache)
@@ -267,15 +264,13 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = mix(x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
             value_embed = self.value_embeds[str(i)](idx).to(x.dtype) if has_value_embed(c, i) else None  # (B, T, K * D)
-            x = block(x, value_embed, rotary, span, cache)
+            x = block(x, value_embed, rotary, cache)
             if i == c.n_layer // 2:
                 middle = x
         x = mix(x, middle, torch.ones_like(self.backout_lambda), -self.backout_lambda)  # backout
         x = rms_norm(x, c.norm_eps)
-        if cache is not None:
-            cache.advance(idx)
         if targets is None:
-            return self.logits(x[:, -1:] if last_only else x)
+            return self.logits(x if at is None else x.flatten(0, 1)[at])
         return self.loss(x, targets, reduction)
 
     def embed(self, idx: Tensor) -> Tensor:
@@ -287,22 +282,27 @@ class GPT(nn.Module):
         if cache is None:
             before = F.pad(e[:, :-1], (0, 0, 1, 0))
         else:
-            started = torch.tensor([[[float(n > 0)]] for n in cache.lengths], device=e.device, dtype=e.dtype)
-            before = torch.cat([self.embed(cache.prev_ids[:, None]) * started, e[:, :-1]], dim=1)  # (B, T, C)
+            before = self.embed(cache.previous) * (cache.positions > 0)[..., None]  # (B, T, C)
         gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., : self.config.smear_channels]))
         return torch.addcmul(e, gate, before)
 
-    def rotary(self, span: Span) -> Rotary:
-        """Tables (cos, cos) and (sin, -sin) at the positions of the span, each (B or 1, T, 1, D) in fp32."""
-        if span.end > len(self.cos):
-            raise ValueError(f"{span.end} positions are more than the {len(self.cos)} of the rotary table")
-        at = slice(span.end - span.T, span.end) if span.level else span.positions
-        cos, sin = wide(self.cos[at]), wide(self.sin[at])  # (T, D/2) or (B, T, D/2)
-        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
-        return cos.view(-1, span.T, 1, cos.size(-1)), sin.view(-1, span.T, 1, sin.size(-1))
+    def rotary(self, T: int) -> Rotary:
+        """Tables (cos, cos) and (sin, -sin) of the first T positions, each (1, T, 1, D) in fp32."""
+        if T > len(self.cos):
+            raise ValueError(f"{T} positions are more than the {len(self.cos)} of the rotary table")
+        return self._both_halves(self.cos[None, :T], self.sin[None, :T])
+
+    def rotary_at(self, positions: Tensor) -> Rotary:
+        """The same at given positions (B, T): (B, T, 1, D)."""
+        return self._both_halves(self.cos[positions], self.sin[positions])
+
+    @staticmethod
+    def _both_halves(cos: Tensor, sin: Tensor) -> Rotary:
+        cos, sin = wide(cos), wide(sin)  # (B, T, D/2)
+        return torch.cat([cos, cos], dim=-1).unsqueeze(2), torch.cat([sin, -sin], dim=-1).unsqueeze(2)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Soft-capped logits (B, T, V) in fp32 of the normalised stream."""
+        """Soft-capped logits (..., V) in fp32 of the normalised stream (..., C)."""
         return softcap(self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:

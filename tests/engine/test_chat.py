@@ -11,7 +11,7 @@ from nanochat_ray.config import ChatSettings
 from nanochat_ray.engine.chat import ChatSession, ReplyText, chat_loop
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.text.conversation import render, render_prompt
-from tests.engine.tiny import Script, byte_tokenizer, tiny_model
+from tests.engine.tiny import Script, byte_tokenizer, scripted_engine, tiny_model
 
 TOKENIZER = byte_tokenizer()
 SPECIAL = TOKENIZER.special
@@ -29,7 +29,7 @@ def result(text: str) -> list[int]:
 
 def scripted(*replies: list[int], settings: ChatSettings = COLD, context: int = 192) -> tuple[ChatSession, Script]:
     script = Script(list(replies), context)
-    return ChatSession(Engine(script, TOKENIZER), TOKENIZER, settings), script  # type: ignore[arg-type]
+    return ChatSession(scripted_engine(script), TOKENIZER, settings), script
 
 
 def shown(ids: list[int]) -> str:
@@ -213,7 +213,7 @@ def test_interrupt_stops_only_the_reply(where: str) -> None:
 
         stand_in = Interrupting(script.replies)
         assert stand_in.config == original
-        session = ChatSession(Engine(stand_in, TOKENIZER), TOKENIZER, COLD)  # type: ignore[arg-type]
+        session = ChatSession(scripted_engine(stand_in), TOKENIZER, COLD)
     chat_loop(session, lines("hello", "go on"), write)
     assert "".join(out) == "abc\n(stopped)\nnext\n\nGoodbye.\n"
     assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_ray.engine import engine as engine_module
 from nanochat_ray.engine.calculator import calculate
-from nanochat_ray.engine.engine import Engine, naive_generate
-from nanochat_ray.engine.kv_cache import KVCache
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kv_cache import Step
+from nanochat_ray.engine.naive import naive_generate
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from tests.engine.tiny import CONTEXT, byte_tokenizer, random_prompt, tiny_model
@@ -68,19 +66,19 @@ def test_greedy_equals_naive_when_rows_leave_early() -> None:
 
 
 class Counted:
-    """A network that records the shape of each forward."""
+    """A network that records the number of tokens of each forward."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self.shapes: list[tuple[int, ...]] = []
+        self.sizes: list[int] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
 
-    def __call__(self, idx: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
-        assert last_only and not torch.is_grad_enabled()
-        self.shapes.append(tuple(idx.shape))
-        return self.model(idx, cache=cache, last_only=last_only)
+    def __call__(self, idx: torch.Tensor, cache: Step, at: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        self.sizes.append(idx.numel())
+        return self.model(idx, cache=cache, at=at)
 
 
 def test_no_forward_that_nobody_needs() -> None:
@@ -89,10 +87,9 @@ def test_no_forward_that_nobody_needs() -> None:
     engine.terminals = frozenset(range(0, 265, 12))
     prompts = [random_prompt(5, 1), random_prompt(8, 2)]
     found = streams(engine, prompts, SamplingParams(temperature=1.0, max_tokens=30, num_samples=6, use_tools=False))
-    assert [shape for shape in counted.shapes if shape[1] > 1] == [(1, 5), (1, 8)], "each prompt is read once"
     lengths = [len(tokens) for tokens in found.values()]
     decoded = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
-    assert [shape for shape in counted.shapes if shape[1] == 1] == [(rows, 1) for rows in decoded]
+    assert counted.sizes == [6 * (5 + 8), *decoded]
     assert len(set(decoded)) > 3, "the test needs rows that leave one after the other"
 
 
@@ -161,7 +158,7 @@ def test_the_context_ends_a_stream() -> None:
     ("prompts", "changes", "words"),
     [
         ([[]], {}, "0 tokens"),
-        ([[1], [1] * (CONTEXT + 1)], {}, f"prompt 1 has {CONTEXT + 1} tokens"),
+        ([[1], [1] * (CONTEXT + 1)], {}, f"prompt 1: a prompt has {CONTEXT + 1} tokens"),
         ([[1, 265]], {}, "0 to 264"),
         ([[-1]], {}, "0 to 264"),
         ([[1]], {"max_tokens": 0}, "max_tokens 0"),
@@ -182,22 +179,27 @@ def test_nothing_to_do() -> None:
         Engine(MODELS["L"], TOKENIZER, 0)
 
 
-def test_closing_frees_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: weakref.WeakSet[KVCache] = weakref.WeakSet()
-
-    class Watched(KVCache):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)  # type: ignore[arg-type]
-            alive.add(self)
-
-    monkeypatch.setattr(engine_module, "KVCache", Watched)
-    events = Engine(MODELS["L"], TOKENIZER).generate([[1], [2, 3]], HOT)
+def test_closing_frees_rows_and_blocks() -> None:
+    engine = Engine(MODELS["L"], TOKENIZER)
+    events = engine.generate([[1], [2, 3]], HOT)
     for _ in range(5):
         next(events)
-    assert alive
+    assert engine.busy and engine.stats().blocks_used
     events.close()  # type: ignore[attr-defined]
-    gc.collect()
-    assert not alive
+    stats = engine.stats()
+    assert not engine.busy and (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+
+
+def test_two_iterators_of_one_engine() -> None:
+    engine = Engine(MODELS["SL"], TOKENIZER)
+    prompts = [[random_prompt(5, 1)], [random_prompt(9, 2)]]
+    alone = [streams(engine, prompt, GREEDY) for prompt in prompts]
+    both = [engine.generate(prompt, GREEDY) for prompt in prompts]
+    taken: list[list[int]] = [[], []]
+    for k in [0, 1, 1, 0, 1] * 20:
+        event = next(both[k], None)
+        taken[k] += [event.token] if event else []
+    assert taken == [found[0, 0] for found in alone]
 
 
 def test_tools_are_forced_by_a_sampling_network() -> None:

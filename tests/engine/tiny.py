@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.engine.kv_cache import KVCache
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kv_cache import Step
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -44,7 +45,10 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 
 class Script:
-    """Stands in for a network that answers each prompt it reads, one row at a time, with the next of its replies."""
+    """Stands in for a network that answers each prompt it reads, one at a time, with the next of its replies.
+
+    For an engine without prefix cache whose chunks take whole prompts.
+    """
 
     device = torch.device("cpu")
     compute_dtype = torch.float32
@@ -54,11 +58,15 @@ class Script:
         self.replies = replies
         self.prompts: list[list[int]] = []
 
-    def __call__(self, idx: torch.Tensor, cache: KVCache, last_only: bool) -> torch.Tensor:
-        if cache.lengths == [0]:
-            self.prompts.append(idx[0].tolist())
-        cache.advance(idx)
-        step = cache.lengths[0] - len(self.prompts[-1])
-        logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[0, 0, self.replies[len(self.prompts) - 1][step]] = 100.0
+    def __call__(self, idx: torch.Tensor, cache: Step, at: torch.Tensor) -> torch.Tensor:
+        [(row, tokens)] = cache.parts
+        if row.n == 0:
+            self.prompts.append(list(tokens))
+        step = row.n + len(tokens) - len(self.prompts[-1])
+        logits = torch.zeros(len(at), self.config.vocab_size)
+        logits[:, self.replies[len(self.prompts) - 1][step]] = 100.0
         return logits
+
+
+def scripted_engine(script: Script) -> Engine:
+    return Engine(script, byte_tokenizer(), prefix_cache=False)  # type: ignore[arg-type]

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.engine.kv_cache import KVCache
-from nanochat_ray.model.attention import QUERY_BLOCK, Span, attend, attend_cached, sdpa_attention, windows_of
+from nanochat_ray.model.attention import QUERY_BLOCK, attend, attend_stored, hide, sdpa_attention, windows_of
 from nanochat_ray.model.ops import cross_entropy, mix, rms_norm, rotate_and_norm, softcap, squared_relu
 
 EPS = 2.0**-23
@@ -62,17 +61,12 @@ def test_attention_in_bfloat16_is_near_double_precision():
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("starts", [[9, 9], [4, 11]])
 @pytest.mark.parametrize("left", [-1, 5])
-def test_cached_attention_equals_whole_rows(dtype, H, K, T, starts, left):
-    config = ModelConfig(sequence_len=16, n_layer=1, n_head=H, n_kv_head=K, n_embd=16 * H)
+def test_stored_attention_equals_whole_rows(dtype, H, K, T, starts, left):
     q, k, v = (x.detach() for x in heads(2, max(starts) + T, H, K, 16))
-    cache = KVCache(config, 2, max(starts) + T, "cpu", dtype)
-    for row, start in enumerate(starts):
-        cache.k[0, row, :start], cache.v[0, row, :start] = k[row, :start].to(dtype), v[row, :start].to(dtype)
-    cache.lengths = starts
     at = torch.tensor(starts)[:, None] + torch.arange(T)  # (2, T)
-    new_q, new_k, new_v = (x[torch.arange(2)[:, None], at].to(dtype) for x in (q, k, v))
-    span = Span(starts, T, torch.device("cpu"))
-    ours = attend_cached(new_q, *cache.write(0, new_k, new_v, span), left, span)
+    stored = [torch.cat([x, torch.full_like(x[:, :3], 9.0)], dim=1).transpose(1, 2).to(dtype) for x in (k, v)]
+    mask = hide(at[:, :, None] - torch.arange(max(starts) + T + 3), left, dtype)[:, None]  # (2, 1, T, S)
+    ours = attend_stored(q[torch.arange(2)[:, None], at].to(dtype), *(x.contiguous() for x in stored), mask)
     wanted = plain_attention(q, k, v, left)[torch.arange(2)[:, None], at]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(ours.double(), wanted, atol=tolerance, rtol=tolerance)

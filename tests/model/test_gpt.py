@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.engine.kv_cache import KVCache
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.precision import pick_device, pick_dtype, prepare_device
+from tests.engine.incremental import Incremental
 
 SHORT = 128  # the shortest window there is
 
@@ -35,12 +36,8 @@ def ids(rows: int, length: int, vocab: int = 100) -> torch.Tensor:
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(4))
 
 
-def decode(model: GPT, cache: KVCache, idx: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    return torch.cat([model(part, cache=cache) for part in idx.split(chunks, dim=1)], dim=1)
-
-
-def new_cache(model: GPT, rows: int, capacity: int) -> KVCache:
-    return KVCache(model.config, rows, capacity, "cpu", model.compute_dtype)
+def decode(rows: Incremental, idx: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    return torch.cat([rows(part) for part in idx.split(chunks, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +46,8 @@ def new_cache(model: GPT, rows: int, capacity: int) -> KVCache:
 @torch.inference_mode()
 def test_every_chunking_equals_the_full_forward(chunks):
     model, idx = random_model(config()), ids(2, 150)
-    torch.testing.assert_close(decode(model, new_cache(model, 2, 150), idx, chunks), model(idx))
+    for block_size in (1, 7, 16):
+        torch.testing.assert_close(decode(Incremental(model, 2, 150, block_size), idx, chunks), model(idx))
 
 
 @pytest.mark.parametrize(
@@ -66,69 +64,51 @@ def test_odd_shapes_decode_like_the_full_forward(changes):
     model, idx = random_model(config(**changes)), ids(1, 140, 64)
     logits = model(idx)
     assert logits.shape == (1, 140, model.config.vocab_size)
-    torch.testing.assert_close(decode(model, new_cache(model, 1, 140), idx, [20, 1, 100, 1, 18]), logits)
+    torch.testing.assert_close(decode(Incremental(model, 1, 140), idx, [20, 1, 100, 1, 18]), logits)
 
 
 @torch.inference_mode()
 def test_rows_of_different_lengths_decode_like_single_rows():
     model, lengths = random_model(config()), [1, 7, 131, 140]
     idx = ids(4, 160)
-    prefilled = []
-    for row, n in enumerate(lengths):
-        cache = new_cache(model, 1, n)
-        model(idx[row : row + 1, :n], cache=cache)
-        prefilled.append(cache)
-    cache = KVCache.concat(prefilled, 160)
-    assert (cache.rows, cache.capacity, cache.lengths) == (4, 160, lengths)
+    rows = Incremental(model, 4, 160)
+    rows.feed([idx[row, :n].tolist() for row, n in enumerate(lengths)])
     for step, T in ((0, 1), (1, 1), (2, 3), (5, 1)):
-        new = torch.stack([idx[row, n + step : n + step + T] for row, n in enumerate(lengths)])
-        logits = model(new, cache=cache)  # (4, T, V)
+        logits = rows.feed([idx[row, n + step : n + step + T].tolist() for row, n in enumerate(lengths)])
         for row, n in enumerate(lengths):
             alone = model(idx[row : row + 1, : n + step + T])[0, -T:]
             torch.testing.assert_close(logits[row], alone)
-    assert cache.lengths == [n + 6 for n in lengths]
+    assert [row.n for row in rows.rows] == [n + 6 for n in lengths]
 
 
 @torch.inference_mode()
 def test_a_fresh_row_beside_an_old_one_is_not_smeared():
     model, idx = random_model(config()), ids(2, 20)
-    old = new_cache(model, 1, 20)
-    model(idx[:1, :12], cache=old)
-    cache = KVCache.concat([old, new_cache(model, 1, 20)], 20)
-    logits = model(torch.stack([idx[0, 12:14], idx[1, :2]]), cache=cache)
-    torch.testing.assert_close(logits[0], model(idx[:1, :14])[0, -2:])
-    torch.testing.assert_close(logits[1], model(idx[1:, :2])[0])
+    rows = Incremental(model, 2, 20)
+    rows.feed([idx[0, :12].tolist(), []])
+    old, fresh = rows.feed([idx[0, 12:14].tolist(), idx[1, :2].tolist()])
+    torch.testing.assert_close(old, model(idx[:1, :14])[0, -2:])
+    torch.testing.assert_close(fresh, model(idx[1:, :2])[0])
 
 
 @torch.inference_mode()
-def test_expanded_and_selected_rows_go_on_alone():
+def test_forked_rows_go_on_alone():
     model, idx = random_model(config()), ids(3, 40)
-    idx[:, :30] = idx[0, :30]
-    one = new_cache(model, 1, 30)
-    model(idx[:1, :30], cache=one)
-    many = one.expand(3, 40)
-    assert one.lengths == [30] and many.rows == 3
-    decode(model, many, idx[:, 30:35], [1, 1, 3])
-    kept = many.select([2, 0])
-    logits = decode(model, kept, idx[[2, 0], 35:], [1] * 5)
-    torch.testing.assert_close(logits, model(idx[[2, 0]])[:, 35:])
+    idx[:, :32] = idx[0, :32]
+    one = Incremental(model, 3, 40)
+    for spare in one.rows[1:]:
+        one.cache.close(spare)
+    one.rows = one.rows[:1]
+    one(idx[:1, :32])
+    held = one.cache.pool.held
+    one.rows += [one.cache.fork(one.rows[0]) for _ in range(2)]
+    assert one.cache.pool.held == held, "a fork shares its blocks"
+    torch.testing.assert_close(decode(one, idx[:, 32:], [1, 1, 3, 3]), model(idx)[:, 32:])
 
 
-def test_cache_refuses_what_does_not_fit():
-    model = random_model(config())
-    cache = new_cache(model, 2, 5)
-    model(ids(2, 4), cache=cache)
-    with pytest.raises(ValueError, match="capacity of 5"):
-        model(ids(2, 2), cache=cache)
-    assert cache.lengths == [4, 4]
-    with pytest.raises(ValueError, match="1 rows of tokens for a cache of 2"):
-        model(ids(1, 1), cache=cache)
-    with pytest.raises(ValueError, match="one row"):
-        cache.expand(3, 9)
-    with pytest.raises(ValueError, match="less than"):
-        KVCache.concat([cache], 3)
-    with pytest.raises(ValueError, match="rotary table"):
-        model(ids(1, 2561))
+def test_a_row_longer_than_the_rotary_table_is_refused():
+    with pytest.raises(ValueError, match="2561 positions are more than the 2560 of the rotary table"):
+        random_model(config())(ids(1, 2561))
 
 
 def test_window_boundary_in_training():
@@ -154,18 +134,19 @@ def test_window_boundary_in_decoding(T, other_start):
     """Changing a stored value at distance `left` changes what attention gives, at one more it does not."""
     model, idx = random_model(config(n_layer=2, window_pattern="S")), ids(2, 200)
     outputs = []
-    next(iter(model.blocks)).attn.register_forward_hook(lambda module, args, output: outputs.append(output[0, -1]))
+    next(iter(model.blocks)).attn.register_forward_hook(lambda module, args, output: outputs.append(output))
     starts = [180, other_start]
     for distance, visible in ((SHORT, True), (SHORT + 1, False)):
         seen = []
         for change in (0.0, 1.0):
-            parts = [new_cache(model, 1, 200) for _ in starts]
-            for row, start in enumerate(starts):
-                model(idx[row : row + 1, :start], cache=parts[row])
-            cache = KVCache.concat(parts, 200)
-            cache.v[0, 0, 180 + T - 1 - distance] += change
-            model(torch.stack([idx[row, start : start + T] for row, start in enumerate(starts)]), cache=cache)
-            seen.append(outputs[-1])
+            rows = Incremental(model, 2, 200)
+            rows.feed([idx[row, :start].tolist() for row, start in enumerate(starts)])
+            at = 180 + T - 1 - distance
+            kind, place = rows.cache.place[0]
+            page = rows.cache.pages(kind, np.array(rows.rows[0].slot), np.array(at // 16))[place]
+            rows.cache.store[page, 1, :, at % 16] += change
+            rows.feed([idx[row, start : start + T].tolist() for row, start in enumerate(starts)])
+            seen.append(outputs[-1][0, T - 1])
         assert torch.equal(*seen) is not visible
 
 
@@ -221,9 +202,9 @@ def test_a_batch_without_targets_has_loss_zero_and_no_gradient():
 
 
 @torch.inference_mode()
-def test_last_only_and_a_single_token():
+def test_chosen_places_and_a_single_token():
     model, idx = random_model(config()), ids(2, 9)
-    torch.testing.assert_close(model(idx, last_only=True), model(idx)[:, -1:])
+    torch.testing.assert_close(model(idx, at=torch.tensor([17, 3])), model(idx)[[1, 0], [8, 3]])
     torch.testing.assert_close(model(idx[:, :1]), model(idx)[:, :1])
 
 
@@ -245,9 +226,7 @@ def test_low_precision_follows_full_precision():
     idx = ids(2, 150)
     wanted = exact(idx)
     assert (low(idx) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
-    with torch.inference_mode():
-        cache = new_cache(low, 2, 150)
-        decoded = decode(low, cache, idx, [100] + [1] * 50)
+    decoded = decode(Incremental(low, 2, 150), idx, [100] + [1] * 50)
     assert (decoded - wanted).abs().mean() < 0.05 * wanted.abs().mean()
 
 
@@ -342,3 +321,21 @@ def test_prepare_device_changes_no_number():
     before = model(idx)
     prepare_device("cpu")
     assert torch.equal(model(idx), before)
+
+
+@torch.inference_mode()
+def test_a_padded_step_equals_a_plain_one():
+    """What CUDA graphs run, with the shapes filled up: here without the graphs."""
+    model, idx = random_model(config()), ids(3, 150)
+    rows = Incremental(model, 3, 150)
+    rows.feed([idx[row, :n].tolist() for row, n in enumerate((5, 149, 60))])
+    for row in rows.rows:
+        rows.cache.extend(row, row.n + 1)
+    parts = [(row, idx[k, row.n : row.n + 1].tolist()) for k, row in enumerate(rows.rows)]
+    plain, padded = rows.cache.step(parts), rows.cache.step(parts, padded=True)
+    assert plain.idx.shape == (1, 3) and padded.idx.shape == (1, 4)
+    assert padded.groups[0].masks[0].size(-1) == 256
+    wanted = model(plain.idx, cache=plain)
+    torch.testing.assert_close(model(padded.idx, cache=padded)[:, :3], wanted)
+    for k, row in enumerate(rows.rows):
+        torch.testing.assert_close(wanted[0, k], model(idx[k : k + 1, : row.n + 1])[0, -1])

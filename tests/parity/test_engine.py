@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.engine.engine import Engine, naive_generate
-from nanochat_ray.engine.kv_cache import KVCache
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kv_cache import Step
+from nanochat_ray.engine.naive import naive_generate
 from nanochat_ray.engine.sampler import probabilities, row_generator, sample
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.engine.incremental import Incremental
 from tests.parity.goldens import load_json, model_from_golden, probe_error
 
 GOLDEN = load_json("engine")
@@ -143,8 +145,8 @@ def test_chunks_equal_the_whole(windowed: GPT, case: dict[str, Any]) -> None:
     idx = torch.tensor([SLIDING["chunk_ids"][: case["total"]]])
     assert sum(chunks) == case["total"]
     whole = windowed(idx)  # (1, total, V)
-    cache = KVCache(windowed.config, 1, case["total"], windowed.device, windowed.compute_dtype)
-    pieces = torch.cat([windowed(piece, cache=cache) for piece in idx.split(chunks, dim=1)], dim=1)
+    rows = Incremental(windowed, 1, case["total"])
+    pieces = torch.cat([rows(piece) for piece in idx.split(chunks, dim=1)], dim=1)
     assert (pieces - whole).abs().max() < 1e-4
     if not case["positions_off"]:  # elsewhere the reference lost a smear, and its last logits with it
         assert probe_error(pieces[0, -1], case["last_logits_probe"]) < 1e-4
@@ -155,7 +157,7 @@ def test_chunks_equal_the_whole(windowed: GPT, case: dict[str, Any]) -> None:
 class Scripted:
     """Stands in for a network: at generated step s of row r all weight is on `scripts[r][s]`.
 
-    A row's number is written into its first cached key, so it follows the row wherever the engine moves it.
+    A new engine gives its streams the places 0, 1, 2, ... in the cache, in order.
     """
 
     device = torch.device("cpu")
@@ -166,28 +168,23 @@ class Scripted:
         self.config = ModelConfig(sequence_len=128, vocab_size=SCRIPTED["vocab"], **sizes)
         self.scripts, self.n_prompt = scripts, n_prompt
 
-    def __call__(self, idx: Tensor, cache: KVCache, last_only: bool) -> Tensor:
-        if cache.lengths == [0]:
-            assert len({script[0] for script in self.scripts}) == 1, "the prompt is read once for all rows"
-            cache.k[0, 0, 0, 0, 0] = -1
-        elif (cache.k[0, :, 0, 0, 0] == -1).all():
-            cache.k[0, :, 0, 0, 0] = torch.arange(cache.rows)
-        rows = cache.k[0, :, 0, 0, 0].long().clamp(min=0).tolist()
-        cache.advance(idx)
-        logits = torch.zeros(cache.rows, 1, self.config.vocab_size)
-        for r, (row, length) in enumerate(zip(rows, cache.lengths, strict=True)):
-            step, script = length - self.n_prompt, self.scripts[row]
-            logits[r, 0, script[step] if step < len(script) else SCRIPTED["filler_after_script"]] = 100.0
+    def __call__(self, idx: Tensor, cache: Step, at: Tensor) -> Tensor:
+        assert len(at) == len(cache.parts), "every stream is read to its end in one step"
+        logits = torch.zeros(len(at), self.config.vocab_size)
+        for r, (row, tokens) in enumerate(cache.parts):
+            step, script = row.n + len(tokens) - self.n_prompt, self.scripts[row.slot]
+            logits[r, script[step] if step < len(script) else SCRIPTED["filler_after_script"]] = 100.0
         return logits
 
 
 @pytest.mark.parametrize("case", SCRIPTED["cases"], ids=lambda case: case["name"])
 def test_scripted(case: dict[str, Any]) -> None:
     tok = tokenizer(GOLDEN["tokenizer"])
-    engine = Engine(Scripted(case["scripts"], len(SCRIPTED["prompt"])), tok)  # type: ignore[arg-type]
+    network = Scripted(case["scripts"], len(SCRIPTED["prompt"]))
+    first, second = (Engine(network, tok, prefix_cache=False) for _ in range(2))  # type: ignore[arg-type]
     params = SamplingParams(temperature=0.0, max_tokens=case["max_tokens"], num_samples=len(case["scripts"]))
-    events = list(engine.generate([SCRIPTED["prompt"]], params))
-    [rollouts] = engine.rollouts([SCRIPTED["prompt"]], params)
+    events = list(first.generate([SCRIPTED["prompt"]], params))
+    [rollouts] = second.rollouts([SCRIPTED["prompt"]], params)
     for row, rollout in enumerate(rollouts):
         mine = [event for event in events if event.sample == row]
         until_end = slice(len(mine))  # the recorded rows went on after their end
@@ -202,7 +199,7 @@ def test_scripted(case: dict[str, Any]) -> None:
         if rollout.finish_reason == "length":
             assert len(mine) == case["max_tokens"] and rollout.terminal_token is None
         else:
-            assert rollout.terminal_token == mine[-1].token and rollout.terminal_token in engine.terminals
+            assert rollout.terminal_token == mine[-1].token and rollout.terminal_token in first.terminals
 
 
 @pytest.mark.parametrize("case", SAMPLER["cases"], ids=lambda case: f"T{case['temperature']}-k{case['top_k']}")

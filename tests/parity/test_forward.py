@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray.engine.kv_cache import KVCache
 from nanochat_ray.model.attention import rotary_tables
 from nanochat_ray.model.gpt import GPT, has_value_embed
+from tests.engine.incremental import Incremental
 from tests.parity.goldens import (
     config_of,
     load_json,
@@ -165,10 +165,10 @@ def test_chunks_through_the_cache_equal_one_forward(number):
     chunks = [150] + [1] * 50 if expected["chunks"] == "150, then 50 times 1" else expected["chunks"]
     model = model_from_golden("c")
     ids = torch.tensor([CHUNKED["chunk_ids"][: expected["total"]]])
-    cache = KVCache(model.config, 1, sum(chunks), "cpu", torch.float32)
+    rows = Incremental(model, 1, sum(chunks))
     with torch.inference_mode():
         whole = model(ids)
-        parts = torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
+        parts = torch.cat([rows(part) for part in ids.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(parts, whole, atol=TOLERANCE, rtol=0)
     if not expected["positions_off"]:
         assert probe_error(parts[0, -1], expected["last_logits_probe"]) < TOLERANCE
