@@ -1,45 +1,52 @@
-"""The chat page: one HTML text made of the files in ui/, which needs no build step and loads nothing but the logo."""
+"""The chat page: one HTML file put together from the ones in ui/, and its logo."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from functools import cache
-from importlib import resources
+from importlib.resources import files
 
-_INCLUDE = re.compile(r"<!-- include ([a-z]+\.(?:css|js)) -->")
-_INLINE = re.compile(r"<(?:script|style)[^>]*>(.*?)</(?:script|style)>", re.DOTALL)
+from fastapi import FastAPI, Response
+
+_INCLUDE = re.compile(r"<!-- include ([\w.-]+) -->")
+_SCRIPT = re.compile(r"<script[^>]*>(.*?)</script>", re.DOTALL)
+_STYLE = re.compile(r"<style[^>]*>(.*?)</style>", re.DOTALL)
+_HEADERS = {"cache-control": "no-cache", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
-@cache
 def page_html() -> str:
-    """The whole page. What it asks for has relative addresses, so it may be served below a prefix that ends in `/`."""
-    return _INCLUDE.sub(lambda match: _read(match[1]), _read("page.html"))
+    """The page with its style and scripts inside, so that one answer is all of it."""
+    folder = files("nanochat_ray.serve") / "ui"
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: (folder / found[1]).read_text(encoding="utf-8"), page)
 
 
-@cache
-def logo_svg() -> str:
-    """The project's mark, `logo.svg` of the page."""
-    return _read("logo.svg")
+def content_security_policy(page: str) -> str:
+    """Nothing from elsewhere, and no script or style but the page's own, each known by its hash."""
 
+    def hashes(blocks: re.Pattern[str]) -> str:
+        digests = (hashlib.sha256(block.encode()).digest() for block in blocks.findall(page))
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests) or "'none'"
 
-@cache
-def page_policy() -> str:
-    """The value of `Content-Security-Policy` for the page: its own script and style by hash, its own server, no more.
-
-    With hashes instead of 'unsafe-inline' a script that got into the page would not run.
-    """
-    style, script = (f"'sha256-{_sha256(text)}'" for text in _INLINE.findall(page_html()))
     return (
-        f"default-src 'none'; style-src {style}; script-src {script}; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes(_SCRIPT)}; style-src {hashes(_STYLE)}; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
-def _read(name: str) -> str:
-    return (resources.files("nanochat_ray.serve") / "ui" / name).read_text(encoding="utf-8")
+def add_page(app: FastAPI) -> None:
+    """`/` and `/logo.svg`."""
+    page = page_html()
+    headers = {**_HEADERS, "content-security-policy": content_security_policy(page)}
+    logo = (files("nanochat_ray.serve") / "ui" / "logo.svg").read_bytes()
+    # Opened by itself an SVG is a document too.
+    logo_headers = {**_HEADERS, "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, headers=headers, media_type="text/html")
 
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    @app.get("/logo.svg", include_in_schema=False)
+    async def logo_svg() -> Response:
+        return Response(logo, headers=logo_headers, media_type="image/svg+xml")
