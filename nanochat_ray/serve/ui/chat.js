@@ -70,7 +70,12 @@ function startConversation() {
   current = newConversation();
   arrive();
   if (narrow.matches && document.body.classList.contains("sidebar-open")) toggleSidebar(false);
-  page.input.focus();
+  focusInput();
+}
+
+/** Not on a phone, where it would bring up the keyboard. */
+function focusInput() {
+  if (!narrow.matches) page.input.focus();
 }
 
 function arrive() {
@@ -138,7 +143,7 @@ function leaveOutOlder(turn) {
 }
 
 function requestOf(conversation, turn, model, seed) {
-  const shared = { model: model.id, ...samplingOf(seed), stream: true, stream_options: { include_usage: true }, use_tools: settings.tools ?? true };
+  const shared = { model: model.id, ...samplingOf(seed), stream: true, stream_options: { include_usage: true } };
   if (turn.base) return { ...shared, prompt: turn.text + (turn.answer ? plainText(turn.answer) : "") };
   const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
   for (const past of conversation.turns.slice(conversation.from, conversation.turns.indexOf(turn))) {
@@ -149,7 +154,7 @@ function requestOf(conversation, turn, model, seed) {
     messages.push({ role: "assistant", content: plainText(past.answer), ...(calls && { parts }) });
   }
   messages.push({ role: "user", content: turn.text });
-  return { ...shared, messages };
+  return { ...shared, messages, use_tools: settings.tools ?? true };
 }
 
 async function run(conversation, turn, { replaced = [], goOn = false }) {
@@ -169,7 +174,8 @@ async function run(conversation, turn, { replaced = [], goOn = false }) {
   let failure = null;
   try {
     await streamAnswer(turn.base ? "v1/completions" : "v1/chat/completions", body, conversation.id, controller, take);
-    answer.status = answer.finish === "length" ? "length" : "done";
+    const full = answer.prompt + answer.tokens >= model.context;
+    answer.status = answer.finish !== "length" ? "done" : full ? "full" : "length";
   } catch (reason) {
     answer.status = reason === STOPPED ? "stopped" : "cut";
     if (reason !== STOPPED) failure = reason instanceof ServerError ? reason.record() : { kind: "cut", message: String(reason) };
@@ -177,7 +183,7 @@ async function run(conversation, turn, { replaced = [], goOn = false }) {
   running.delete(conversation.id);
   if (changed.get(conversation.id) !== conversation) return; // deleted while it was answered
   turn.error = failure;
-  if (isEmpty(answer) && answer.status !== "done" && answer.status !== "length") undo(conversation, turn, replaced);
+  if (isEmpty(answer) && ["stopped", "cut"].includes(answer.status)) undo(conversation, turn, replaced);
   if (failure?.status === 404) loadModels();
   end(conversation, turn);
 }
@@ -383,7 +389,7 @@ function start() {
   current = (open && loadConversation(open)) || current;
   arrive();
   loadModels();
-  page.input.focus();
+  focusInput();
 }
 
 start();

@@ -129,7 +129,7 @@ function renderCode(lines) {
     "figure",
     { class: "code" },
     el("figcaption", {}, el("span", {}, language || "code"), copyButton("Copy code", () => text)),
-    el("pre", { tabindex: "0" }, el("code", {}, text)),
+    el("pre", { tabindex: "0" }, el("code", {}, ...highlighted(text, language))),
   );
 }
 

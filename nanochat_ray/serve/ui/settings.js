@@ -45,7 +45,8 @@ function keepSettings() {
 
 function samplingOf(turnSeed) {
   const names = ["temperature", "top_k", "top_p", "max_tokens"];
-  return { ...Object.fromEntries(names.map((name) => [name, setting(name)])), seed: turnSeed };
+  const values = Object.fromEntries(names.map((name) => [name, setting(name)]));
+  return { ...values, max_tokens: Math.min(values.max_tokens, limits("max_tokens").max), seed: turnSeed };
 }
 
 const fields = {};

@@ -2,7 +2,7 @@
 //
 // conversation {id, title, named, updated, from, turns}   `from`: turns before this one are left out of requests
 // turn         {id, text, base, answer, error}            `base`: text for a base model to go on with
-// answer       {parts, status, model, seed, ...}          status: writing, done, length, stopped, cut
+// answer       {parts, status, model, seed, ...}          status: writing, done, length, full, stopped, cut
 
 const PREFIX = "nanochat-ray/";
 const changed = new Map(); // conversations of this page, by id: also those that the browser has no room for

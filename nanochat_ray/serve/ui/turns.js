@@ -99,7 +99,7 @@ function makeTool() {
   return node;
 }
 
-const ENDINGS = { length: "reached the longest answer", stopped: "stopped", cut: "cut off" };
+const ENDINGS = { length: "stopped at the longest answer", full: "the model's context is full", stopped: "stopped", cut: "cut off" };
 
 function showFacts(node, answer) {
   const seconds = (ms) => (ms < 100 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
@@ -111,7 +111,7 @@ function showFacts(node, answer) {
     answer.tokens != null && `${answer.tokens} tokens`,
     answer.model,
   ].filter(Boolean);
-  node.textContent = facts.join(" · ");
+  node.replaceChildren(...facts.flatMap((fact, k) => [k > 0 && " · ", el("span", {}, fact)]).filter(Boolean));
   const cached = answer.cached ? `, ${answer.cached} of ${answer.prompt} tokens before it from the cache` : "";
   node.title = `seed ${answer.seed}${cached}`;
   node.dataset.status = answer.status;
