@@ -91,6 +91,7 @@ class EngineLoop:
         self._lanes = {served.name: _Lane(served, engine) for served, engine in engines}
         if len(self._lanes) < len(engines):
             raise ValueError(f"models {[served.name for served, _ in engines]}: every name may be there once")
+        self.notes: dict[str, Any] = {}  # what `stats` says besides; JSON types only
         self._max_queue, self._interval_s, self._stuck_s, self._clock = max_queue, stream_interval_s, stuck_s, clock
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -161,7 +162,7 @@ class EngineLoop:
         models = {lane.served.name: self._lane_stats(lane) for lane in self._lanes.values()}
         sums = ("running", "waiting", "finished", "cancelled", "rejected")
         return {name: sum(model[name] for model in models.values()) for name in sums} | {
-            "healthy": self.problem() is None, "models": models,
+            "healthy": self.problem() is None, "models": models, **self.notes,
         }  # fmt: skip
 
     def take_times(self) -> Times:

@@ -12,7 +12,7 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kv_cache import Step
 from nanochat_ray.engine.naive import naive_generate
-from nanochat_ray.engine.sampler import probabilities, row_generator, sample
+from nanochat_ray.engine.sampler import RowSampler, check_sampling, sample_rows
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -57,6 +57,14 @@ def test_greedy(engine: Engine, case: dict[str, Any]) -> None:
     assert [[0] * len(case["prompt"]) + list(rollout.mask)] == case["batch_masks"]
     naive = list(naive_generate(engine.model, case["prompt"], case["max_tokens"], temperature=0.0))
     assert naive == (case["naive"] or case["stream"])  # the reference refused a prompt of one token
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
+    """What the reference draws from: the k largest of logits (..., V) and their ids, or all and None."""
+    ids = None
+    if top_k:
+        logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
+    return torch.softmax(logits / temperature, dim=-1), ids
 
 
 def chosen_probabilities(engine: Engine, case: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -205,8 +213,9 @@ def test_scripted(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", SAMPLER["cases"], ids=lambda case: f"T{case['temperature']}-k{case['top_k']}")
 def test_raw_draws(case: dict[str, Any]) -> None:
     logits, temperature, top_k = torch.tensor(SAMPLER["logits"]), case["temperature"], case["top_k"]
-    generators = [row_generator(SAMPLER["seed"], row) for row in range(len(logits))]
-    mine = [sample(logits, temperature, top_k, generators).tolist() for _ in case["draws"]]
+    params = SamplingParams(temperature=temperature, top_k=top_k, seed=SAMPLER["seed"])
+    rows = [RowSampler(params, row) for row in range(len(logits))]
+    mine = [[sampled.token for sampled in sample_rows(logits, rows)] for _ in case["draws"]]
     if temperature == 0 or top_k == 1:
         assert mine == case["draws"]
         return
@@ -224,4 +233,4 @@ def test_raw_draws(case: dict[str, Any]) -> None:
 def test_negative_temperature_is_refused() -> None:
     assert SAMPLER["negative_temperature"]
     with pytest.raises(ValueError, match="negative"):
-        sample(torch.tensor(SAMPLER["logits"]), -1.0, None, [row_generator(0, row) for row in range(3)])
+        check_sampling(SamplingParams(temperature=-1.0))

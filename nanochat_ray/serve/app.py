@@ -1,0 +1,179 @@
+"""The Serve application: replicas that hold engines, with the HTTP ingress in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from starlette.types import ASGIApp
+
+from nanochat_ray.config import THREADS_ENV
+from nanochat_ray.messages import PassedOn, SamplingParams
+from nanochat_ray.remote import Every
+from nanochat_ray.serve.app_settings import ServeSettings, UserConfig
+
+logger = logging.getLogger("ray.serve")  # the replica's log
+
+SIDE_REQUESTS = 64  # of the page, /health, /stats and such, beside those that an engine runs or queues
+BUSY_FRAC = 0.75  # of the rows in use: Serve adds a replica if it may
+RETRY_AFTER_S = 2.0  # what Serve itself says when its own queue is full
+DRAIN_EXTRA_S = 30.0
+METRICS_INTERVAL_S = 1.0
+WARM_UP_TOKENS = 4
+REFUSED = "refused_updates"  # in /stats: why weights of the last user_config were not taken
+ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+def build(args: ServeSettings) -> serve.Application:
+    """The application of a `serve_configs/` file; `args` are its `args`.
+
+    Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
+    if a run is not there.
+    """
+    from nanochat_ray.serve.weights import settle
+
+    cluster = ray.cluster_resources() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1)}
+    gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
+    if args.device == "cuda" and not gpus:
+        raise ValueError("device cuda: this cluster has no GPU; leave `device` out to take what there is")
+    cpus = args.cpus or (1 if gpus else max(int(cluster.get("CPU", 1)) - 1, 1))
+    settings = args.model_copy(
+        update={
+            "models": settle(args.storage, args.choices),
+            "device": args.device or ("cuda" if gpus else None),
+            "cpus": cpus,
+        }
+    )
+    return deployment(settings, gpus).bind(settings, PassedOn.here())
+
+
+def deployment(settings: ServeSettings, gpus: int) -> Any:
+    """The class with its place on the cluster. The numbers follow from the settings; a config may override them."""
+    replicas = settings.replicas or max(gpus, 1)
+    streams = len(settings.choices) * (settings.max_rows + settings.max_queue)
+    size: dict[str, Any] = {"num_replicas": replicas}
+    if settings.max_replicas is not None:
+        size = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=settings.replicas or 1,
+                max_replicas=settings.max_replicas,
+                target_ongoing_requests=BUSY_FRAC * settings.max_rows,
+            )
+        }
+    threads = str(settings.cpus or 1)
+    ingress: Any = serve.deployment(serve.ingress()(ChatServer))
+    return ingress.options(
+        name="ChatServer",
+        **size,
+        ray_actor_options={
+            "num_cpus": settings.cpus or 1,
+            "num_gpus": 1 if gpus else 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **THREADS_ENV}},
+        },
+        # The engine's queue decides whom to send away: it knows for how long. Serve's own bound lies above it.
+        max_ongoing_requests=streams + SIDE_REQUESTS,
+        max_queued_requests=streams + SIDE_REQUESTS,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        graceful_shutdown_timeout_s=settings.http.request_timeout_s + DRAIN_EXTRA_S,
+        graceful_shutdown_wait_loop_s=1.0,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        request_router_config={"request_router_class": ROUTER},
+    )
+
+
+class ChatServer:
+    """One replica: an engine per model, all in one thread, and the HTTP application in front of them."""
+
+    def __init__(self, settings: ServeSettings, passed_on: PassedOn) -> None:
+        passed_on.take()
+        import torch
+
+        from nanochat_ray.engine.engine import Engine
+        from nanochat_ray.model.precision import pick_device, pick_dtype, prepare_device
+        from nanochat_ray.serve.loop import EngineLoop
+        from nanochat_ray.serve.metrics import ServeMetrics
+        from nanochat_ray.serve.weights import Shelf
+
+        begun = time.monotonic()
+        self.settings = settings
+        device = pick_device(settings.device)
+        prepare_device(device)
+        torch.set_num_threads(settings.cpus or 1)
+        dtype, why = pick_dtype(device, settings.dtype)
+        self.shelves: dict[str, Shelf] = {}
+        engines = []
+        kv_bytes = int(settings.kv_memory_gb * 1e9 / len(settings.choices)) if settings.kv_memory_gb else None
+        for choice in settings.choices:
+            shelf = Shelf(settings.storage, choice, settings.defaults, device, dtype)
+            served, model = shelf.load(shelf.find(choice.step))
+            engine = Engine(
+                model, served.tokenizer, settings.max_rows, chunk_tokens=settings.chunk_tokens, kv_bytes=kv_bytes
+            )
+            warm_up = SamplingParams(max_tokens=WARM_UP_TOKENS, use_tools=False)
+            list(engine.generate([[served.tokenizer.bos_id]], warm_up))
+            self.shelves[served.name] = shelf
+            engines.append((served, engine))
+            logger.info("%s: step %d, %s on %s", served.name, served.lineage["step"], why, device)
+        self.loop = EngineLoop(engines, settings.max_queue, settings.stream_interval_s, settings.stuck_s)
+        self.loop.notes["device"] = device
+        self._metrics = Every(METRICS_INTERVAL_S, ServeMetrics(self.loop).export, "serve-metrics")
+        logger.info("ready after %.1f s", time.monotonic() - begun)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        from nanochat_ray.serve.api import create_app
+
+        return create_app(self.loop, self.settings.http_with_keys())
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's `user_config`: put other weights in place. Never raises, for Serve would end a replica that does.
+
+        Loading happens in a thread while the engines go on; what cannot be loaded is refused, said in the log and
+        in /stats, and the old weights stay.
+        """
+        self.loop.notes.pop(REFUSED, None)
+        try:
+            wanted = UserConfig.model_validate(user_config or {})
+            if isinstance(wanted.weights, dict) and (unknown := sorted(wanted.weights.keys() - self.shelves.keys())):
+                raise ValueError(f"weights of {', '.join(unknown)}: this server has {', '.join(self.shelves)}")
+        except ValueError as error:
+            self._refuse(f"user_config {user_config}: {error}")
+            return
+        for model in self.loop.models:
+            step = wanted.step_of(model.name)
+            if step is not None:
+                try:
+                    await self._update(model.name, None if step == "latest" else step)
+                except Exception as error:
+                    self._refuse(f"weights of {model.name}, step {step}: {type(error).__name__}: {error}")
+
+    async def _update(self, name: str, step: int | None) -> None:
+        shelf = self.shelves[name]
+        checkpoint = await asyncio.to_thread(shelf.find, step)
+        current = next(model for model in self.loop.models if model.name == name)
+        if checkpoint.model_hash == current.lineage["weights_sha256"]:
+            return
+        served, model = await asyncio.to_thread(shelf.load, checkpoint)
+        if served.tokenizer.hash != current.tokenizer.hash:
+            raise ValueError("its tokenizer is another one; restart the server for it")
+        version = await self.loop.update(served, model)
+        logger.info("%s: step %d is version %d", name, checkpoint.step, version)
+
+    def _refuse(self, reason: str) -> None:
+        self.loop.notes[REFUSED] = [*self.loop.notes.get(REFUSED, []), reason]
+        logger.error("not taken, the old weights stay: %s", reason)
+
+    def check_health(self) -> None:
+        """Raises if an engine failed or hangs; Serve then replaces the replica."""
+        self.loop.check_health()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_metrics"):
+            self._metrics.close()
+            self.loop.close()

@@ -1,0 +1,238 @@
+"""The requests of OpenAI's API that are understood, and the shapes of what comes back.
+
+Types are strict: a number in quotes is refused. Keys that are not named here are ignored. A key that asks for something
+this server does not do is refused, unless its value asks for nothing. The response models describe the API in the
+OpenAPI document; answers are built as plain dictionaries, since they are made once per token (see answers.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+MAX_TOP_LOGPROBS = 20
+MAX_LEGACY_LOGPROBS = 5
+
+
+def _nothing_but(*accepted: Any) -> tuple[AfterValidator, WithJsonSchema]:
+    """A value for which there is nothing to do: one of these."""
+
+    def check(value: Any) -> Any:
+        if not any(value == this and isinstance(value, bool) == isinstance(this, bool) for this in accepted):
+            raise ValueError("this server does not do that; leave it out")
+        return value
+
+    return AfterValidator(check), WithJsonSchema({"enum": list(accepted)})
+
+
+def _no_tool_role(role: Any) -> Any:
+    if role in ("tool", "function"):
+        raise ValueError(
+            f"there is no role {role!r}: this server runs its tool itself, and an assistant message of the history "
+            "tells of it in its parts"
+        )
+    return role
+
+
+Penalty = Annotated[Any, *_nothing_but(0, None)]
+Tools = Annotated[Any, *_nothing_but([], None)]
+ToolChoice = Annotated[Any, *_nothing_but("none", "auto", None)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Part(Request):
+    """A stretch of a message: plain text, or of an assistant's also a tool call or the tool's output."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(Request):
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool_role)]
+    content: str | list[Part] | None = None
+    parts: list[Part] | None = Field(None, description="of an assistant: stands for content, with its tool calls")
+
+
+class StreamOptions(Request):
+    include_usage: bool | None = None
+
+
+class SamplingRequest(Request):
+    """What a chat and a completion have in common. What is left out, or null, comes from the model's defaults."""
+
+    model: str | None = Field(None, description="a name from /v1/models; left out: the first one")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1_000_000, description="extension; 0: the whole vocabulary")
+    max_tokens: int | None = Field(None, ge=1, description="at most; what the context leaves may be less")
+    n: int | None = Field(None, ge=1, description="samples")
+    seed: Seed | None = Field(None, description="left out: a random one")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    use_tools: bool | None = Field(None, description="extension: whether the calculator answers calls")
+    user: str | None = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    logit_bias: Annotated[Any, *_nothing_but({}, None)] = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether the last chunk of a stream is to have the counts of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(SamplingRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens, goes before it")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs")
+    response_format: Annotated[Any, *_nothing_but({"type": "text"}, None)] = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    functions: Tools = None
+    function_call: ToolChoice = None
+    modalities: Annotated[Any, *_nothing_but(["text"], None)] = None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingRequest):
+    prompt: str | TokenIds | list[str] | list[TokenIds] | None = Field(
+        None, description="text or token ids, or a list of such; BOS is put in front"
+    )
+    echo: bool | None = Field(None, description="the prompt's text in front of the answer's")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LEGACY_LOGPROBS)
+    suffix: Annotated[Any, *_nothing_but("", None)] = None
+    best_of: Annotated[Any, *_nothing_but(1, None)] = None
+
+
+# ---- what comes back
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+    detail: str | None = Field(None, description="the message, from nanochat's own endpoint")
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    forced_tokens: int = Field(description="extension: of the completion's tokens, those that a tool put there")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int = Field(description="without the token that ends an answer")
+    total_tokens: int
+    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    parts: list[Part] = Field(description="extension: the whole message, tool calls and their results included")
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class LegacyLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Defaults(BaseModel):
+    temperature: float
+    top_k: int
+    top_p: float
+    max_tokens: int
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context: int = Field(description="extension: tokens of prompt and answer together")
+    chat: bool = Field(description="extension: false for a base model, which knows no conversations")
+    defaults: Defaults = Field(description="extension: for what a request leaves out")
+    lineage: dict[str, Any] = Field(description="extension: run, step, hashes of weights, tokenizer and config")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,80 @@
+"""From a run's folder to a model that can be served. Plain torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat_ray.messages import SamplingParams
+from nanochat_ray.model.checkpoint import Checkpoint, file_hash, resolve_checkpoint
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.run_dir import CONFIG_FILE, MANIFEST_FILE, STAGE_OF_SOURCE, RunDir, existing_run
+from nanochat_ray.serve.app_settings import ModelChoice
+from nanochat_ray.serve.backend import ServedModel
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+def settle(storage: str | None, choices: tuple[ModelChoice, ...]) -> tuple[ModelChoice, ...]:
+    """The same choices with the run and the name filled in, so that every replica serves the same.
+
+    FileNotFoundError that names the command to run if there is no such run, ValueError for a name used twice.
+    """
+    settled = []
+    for choice in choices:
+        tag = existing_run(storage, choice.model_tag)
+        name = choice.name or f"{tag}-{choice.source}"
+        settled.append(choice.model_copy(update={"model_tag": tag, "name": name}))
+    names = [choice.name for choice in settled]
+    if twice := sorted({name for name in names if names.count(name) > 1 and name}):
+        raise ValueError(f"models: {', '.join(twice)} is there more than once; give each a `name` of its own")
+    return tuple(settled)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where one served model's weights come from."""
+
+    storage: str | None
+    choice: ModelChoice  # settled
+    defaults: SamplingParams
+    device: str
+    dtype: torch.dtype
+
+    def find(self, step: int | None) -> Checkpoint:
+        """The checkpoint of a step, or the newest. FileNotFoundError or CorruptCheckpointError if it is not there."""
+        return resolve_checkpoint(self._run().checkpoints(self._stage), step)
+
+    def load(self, checkpoint: Checkpoint) -> tuple[ServedModel, GPT]:
+        """The network on its device, and what requests are told about it."""
+        run = self._run()
+        tokenizer = Tokenizer.load(run.require_stage("tokenizer", "tok_train.py"))
+        model = checkpoint.build_model(self.device, self.dtype, tokenizer.vocab_size)
+        model.eval()
+        config = run.stage(self._stage) / CONFIG_FILE
+        assert self.choice.name is not None, "a settled choice has a name"
+        served = ServedModel(
+            name=self.choice.name,
+            tokenizer=tokenizer,
+            context=checkpoint.model_config.sequence_len,
+            created=int((checkpoint.folder / MANIFEST_FILE).stat().st_mtime),
+            chat=self.choice.source != "base",
+            defaults=self.defaults,
+            lineage={
+                "run": run.root.name,
+                "source": self.choice.source,
+                "step": checkpoint.step,
+                "weights_sha256": checkpoint.model_hash,
+                "tokenizer_sha256": tokenizer.hash,
+                "config_sha256": file_hash(config) if config.is_file() else None,
+            },
+        )
+        return served, model
+
+    @property
+    def _stage(self) -> str:
+        return STAGE_OF_SOURCE[self.choice.source]
+
+    def _run(self) -> RunDir:
+        assert self.choice.model_tag is not None, "a settled choice has a run"
+        return RunDir.of(self.storage, self.choice.model_tag).fetch()
