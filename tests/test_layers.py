@@ -14,7 +14,7 @@ BOTTOM = {"config", "messages", "remote", "run_dir"}
 GROUND = BOTTOM | {"model", "text", "corpus"}
 TOOLS = GROUND | {"engine"}
 MEASURES = TOOLS | {"tasks", "metrics", "report"}
-RAY_ROOMS = {"data", "train", "evals", "observe"}
+RAY_ROOMS = {"data", "train", "evals", "observe", "serve"}
 # every file and folder of the package: what it may import of the others
 ALLOWED = {
     "__init__": set(),
@@ -36,6 +36,7 @@ ALLOWED = {
     "evals": MEASURES | {"stages"},
     "observe": BOTTOM | {"report"},
     "train": MEASURES | {"stages", "data", "observe"},
+    "serve": TOOLS,
 }
 FORBIDDEN_IN_PLAIN = {"ray", "wandb", "fastapi", "uvicorn", "starlette", "click", "typer"}
 
