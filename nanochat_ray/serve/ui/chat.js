@@ -216,7 +216,8 @@ function taker(conversation, turn, answer, begun) {
     if (chunk.usage) {
       const { completion_tokens: tokens, prompt_tokens: prompt, prompt_tokens_details: details } = chunk.usage;
       Object.assign(answer, { tokens, prompt, cached: details?.cached_tokens ?? 0 });
-      if (tokens > 1 && answer.lastAt > first) answer.tokensPerS = (1000 * (tokens - 1)) / (answer.lastAt - first);
+      const span = answer.lastAt - first; // too short to measure with if the answer came in one go
+      if (tokens) answer.tokensPerS = span > 100 ? (1000 * (tokens - 1)) / span : (1000 * tokens) / (answer.lastAt - begun);
       delete answer.lastAt;
     }
     const choice = chunk.choices?.[0];
