@@ -177,6 +177,23 @@ def test_conversations_stay_in_the_browser(person, server):
     assert "First of all" in server.prompts[-1]
 
 
+def test_tabs_do_not_write_over_each_other(person):
+    person.say("in the first tab")
+    first = person.browser.current_window_handle
+    person.browser.switch_to.new_window("tab")
+    try:
+        person.browser.get(person.server.url)
+        person.wait(lambda: person.chats == ["in the first tab"])
+        person.say("in the second tab")
+    finally:
+        person.browser.close()
+        person.browser.switch_to.window(first)
+    person.wait(lambda: person.chats == ["in the second tab", "in the first tab"])
+    person.say("and on")
+    person.button("in the second tab")
+    assert person.replies == ["You said: in the second tab"]
+
+
 def test_two_conversations_are_answered_at_once(person, server):
     server.answers["slowly"] = SLOW
     server.backend.step_s = 0.003
@@ -230,9 +247,16 @@ def test_a_base_model_goes_on_with_text(person, server):
     person.wait(lambda: person.replies == [" and so on. and so on."])
     assert server.prompts[1] == "<|bos|>It began and so on."
     person.idle()
+    server.backend.failure = Overloaded("Full.", retry_after_s=1)
+    person.button("Go on writing")
+    person.wait(lambda: person.texts(".problem"))
+    server.backend.failure = None
+    person.button("Try again")
+    person.wait(lambda: person.replies == [" and so on. and so on. and so on."])
+    person.idle()
     person.one("#model").send_keys("d6-sft")
     person.say("hello")
-    assert "It began" not in server.prompts[2]
+    assert "It began" not in server.prompts[-1]
 
 
 def test_tool_calls_fold_and_go_back_as_calls(person, server):
