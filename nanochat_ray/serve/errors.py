@@ -31,7 +31,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     504: ("server_error", "timeout"),
 }
 # What pydantic adds to a place to say which alternative of a union it tried.
-_UNION_TAG = re.compile(r"str|int|float|bool|none|(list|constrained|function|literal)[-\[].*|Text|[A-Z]\w+")
+_UNION_TAG = re.compile(r"str|int|float|bool|none|(list|constrained|function|literal)[-\[].*|[A-Z]\w+")
 
 
 class ApiError(Exception):
@@ -120,7 +120,9 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         place = f" at character {first['loc'][-1]}" if isinstance(first["loc"][-1], int) else ""
         return ApiError(400, f"The body is no JSON: {first['ctx']['error']}{place}.", code="invalid_json")
-    param = _param(first["loc"])
+    # Of the alternatives of a union the one that was understood furthest tells the most.
+    params = [_param(error["loc"]) for error in errors]
+    param = max((name for name in params if name.startswith(params[0])), key=lambda name: name.count("."))
     same = [error["msg"].removeprefix("Value error, ") for error in errors if _param(error["loc"]) == param]
     message = ", or: ".join(dict.fromkeys(same))
     if not param:
@@ -131,6 +133,4 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def _param(place: Sequence[int | str]) -> str:
     """Dotted name of the place, such as messages.0.content."""
     names = [str(step) for step in place if step not in ("body", "path", "query")]
-    while names and _UNION_TAG.fullmatch(names[-1]):
-        names.pop()
     return ".".join(name for name in names if not _UNION_TAG.fullmatch(name))

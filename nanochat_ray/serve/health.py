@@ -41,7 +41,7 @@ def add_health(app: FastAPI, backend: Backend, errors: dict[int | str, dict[str,
 
     def numbers() -> tuple[dict[str, Any], bool, bool]:
         stats = backend.stats()
-        ready = bool(backend.models) and stats.get("ready", True) is not False
+        ready = bool(backend.models) and stats.get("healthy", True) is not False
         return stats, ready, bool(stats.get("running"))
 
     @app.get("/healthz", response_model=Up, responses=errors)

@@ -66,7 +66,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, noted_send)
         except Exception:
-            _log.exception("%s %s %s failed", request_id, scope["method"], scope["path"])
+            _log.exception("%s %s %r failed", request_id, scope["method"], scope["path"])
             if note.status is not None:
                 raise  # the connection is cut, which is all that can still be said
             failed = ApiError(500, "The server failed at this request; its log says more.")
@@ -82,7 +82,7 @@ class RequestLog:
             for name, value in extra.items()
             if value is not None
         )
-        line = "%s %s %s %s %.3fs%s"
+        line = "%s %s %r %s %.3fs%s"  # a path may hold anything, line ends too
         _log.info(line, note.request_id, scope["method"], scope["path"], note.status, seconds, words)
         if self._log_conversations and note.prompt is not None:
             _log.info("%s prompt: %r", note.request_id, note.prompt)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from nanochat_ray.serve.request_log import Note
 OPEN_PATHS = frozenset({"/", "/logo.svg", "/healthz"})
 # Marks of a reverse proxy: behind one every peer looks local.
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_HOST = re.compile(r"(\[(?P<v6>[^]]*)\]|(?P<name>[^:\[\]]*))(:\d+)?", re.ASCII)
 
 
 class Guard:
@@ -80,12 +82,10 @@ def is_loopback(address: str) -> bool:
 
 def is_local_host(host: str) -> bool:
     """Whether a Host header names this machine; with or without a port."""
-    name, bracket, port = host.lower().partition("]") if host.startswith("[") else host.lower().partition(":")
-    if bracket == "]":
-        port = port.removeprefix(":")
-    if port and not port.isdecimal():
+    found = _HOST.fullmatch(host.lower())
+    if not found:
         return False
-    name = name.removeprefix("[").removesuffix(".")
+    name = (found["v6"] or found["name"]).removesuffix(".")
     return name == "localhost" or name.endswith(".localhost") or is_loopback(name)
 
 
@@ -108,7 +108,8 @@ class _LimitedRequest(Request):
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body is larger than the {limit} bytes that this server reads.")
+    message = f"The body is larger than the {limit} bytes that this server reads."
+    return ApiError(413, message, headers={"connection": "close"})  # or the rest of it would still be received
 
 
 def json_route(max_body_bytes: int) -> type[APIRoute]:
@@ -136,7 +137,8 @@ def json_route(max_body_bytes: int) -> type[APIRoute]:
                     async with asyncio.timeout_at(Note.of(request.scope).deadline):
                         await limited.body()  # kept in the request
                 except TimeoutError as error:
-                    raise ApiError(408, "The body did not come within the time a request may take.") from error
+                    late = "The body did not come within the time a request may take."
+                    raise ApiError(408, late, headers={"connection": "close"}) from error
                 except ClientDisconnect as error:
                     raise ApiError(400, "The client left before its body had come.") from error
                 return await answer(limited)

@@ -36,6 +36,7 @@ class ChatWriter(Answers):
             self._began = True
             role = '{"role":"assistant","content":""}'
             chunks = [self._chunk(index, role) for index in range(len(self.samples))]
+        texts: dict[int, str] = {}  # not yet in a chunk: the tokens of one step apart are one chunk together
         for event in events:
             index = event.sample
             sample = self.samples[index]
@@ -43,15 +44,21 @@ class ChatWriter(Answers):
             if self._logprobs and event.logprob is not None and not sample.is_end(event):
                 self._entries[index].append(_entry(self._tokenizer, event))
             for piece in pieces:
-                text = encode_basestring(piece.text)
                 if piece.kind == "text":
-                    chunks.append(self._chunk(index, f'{{"content":{text}}}'))
-                else:
-                    part = f'{{"parts":[{{"type":"{piece.kind}","text":{text}}}]}}'
-                    chunks.append(self._chunk(index, part))
+                    texts[index] = texts.get(index, "") + piece.text
+                    continue
+                chunks += self._text_chunk(index, texts.pop(index, ""))
+                part = f'{{"type":"{piece.kind}","text":{encode_basestring(piece.text)}}}'
+                chunks.append(self._chunk(index, f'{{"parts":[{part}]}}'))
             if event.finish_reason is not None:
+                chunks += self._text_chunk(index, texts.pop(index, ""))
                 chunks.append(self._chunk(index, "{}", f'"{event.finish_reason}"'))
+        for index, text in texts.items():
+            chunks += self._text_chunk(index, text)
         return "".join(chunks).encode()
+
+    def _text_chunk(self, index: int, text: str) -> list[str]:
+        return [self._chunk(index, f'{{"content":{encode_basestring(text)}}}')] if text else []
 
     def _chunk(self, index: int, delta: str, reason: str = "null") -> str:
         logprobs = "null"
@@ -91,27 +98,32 @@ class CompletionWriter(Answers):
     def __init__(self, plan: Plan, with_usage: bool, echo: bool) -> None:
         super().__init__(plan, with_usage)
         self._top = plan.params[0].logprobs
-        self._echoes = [self._tokenizer.decode(prompt[1:]) if echo else "" for prompt in plan.prompts]
+        echoes = [self._tokenizer.decode(prompt[1:]) if echo else "" for prompt in plan.prompts]
+        self._unsent = [text for text in echoes for _ in range(plan.samples)]
+        self._texts = [""] * len(self.samples)  # that were sent
         self._brackets = [Brackets() for _ in self.samples]
-        self._texts = [""] * len(self.samples)
-        self._tables = [Legacy(self._tokenizer) for _ in self.samples]
+        self._tables = [Legacy(self._tokenizer, len(text)) for text in self._unsent]
 
     def feed(self, prompt: int, events: Sequence[TokenEvent]) -> bytes:
         chunks = []
+        touched: dict[int, None] = {}
         for event in events:
             index = prompt * self._plan.samples + event.sample
+            touched[index] = None
             sample = self.samples[index]
-            text = "" if self._texts[index] else self._echoes[prompt]
-            text += self._brackets[index].feed(sample.feed(event))
-            if event.finish_reason is not None:
-                text += self._brackets[index].finish()
+            self._unsent[index] += self._brackets[index].feed(sample.feed(event))
             if self._top is not None and event.logprob is not None and not sample.is_end(event):
                 self._tables[index].add(event)
+        for index in touched:
+            reason = self.samples[index].finish_reason
+            if reason is not None:
+                self._unsent[index] += self._brackets[index].finish()
+            text, self._unsent[index] = self._unsent[index], ""
+            self._texts[index] += text
             if text:
-                self._texts[index] += text
                 chunks.append(self._chunk(index, text))
-            if event.finish_reason is not None:
-                chunks.append(self._chunk(index, "", f'"{event.finish_reason}"'))
+            if reason is not None:
+                chunks.append(self._chunk(index, "", f'"{reason}"'))
         return "".join(chunks).encode()
 
     def _chunk(self, index: int, text: str, reason: str = "null") -> str:
@@ -133,11 +145,11 @@ class CompletionWriter(Answers):
 class Legacy:
     """The logprobs of one completion: lists of equal length, an entry per token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, n_chars: int) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._rows: list[tuple[str, float, dict[str, float], int]] = []
-        self._n_chars = 0
+        self._n_chars = n_chars  # of the text so far
         self._n_sent = 0
 
     def add(self, event: TokenEvent) -> None:

@@ -112,7 +112,8 @@ function send() {
   if (editing) leaveEditing();
   setInput(draft);
   draft = "";
-  const turn = newTurn(line.trim(), currentModel().chat === false);
+  const base = currentModel().chat === false;
+  const turn = newTurn(base ? line : line.trim(), base); // a text to go on with may end in a blank or a new line
   current.turns.push(turn);
   run(current, turn, { replaced });
 }
@@ -182,7 +183,7 @@ async function run(conversation, turn, { replaced = [], goOn = false }) {
   }
   running.delete(conversation.id);
   if (changed.get(conversation.id) !== conversation) return; // deleted while it was answered
-  turn.error = failure;
+  turn.error = failure && { ...failure, goOn };
   if (isEmpty(answer) && ["stopped", "cut"].includes(answer.status)) undo(conversation, turn, replaced);
   if (failure?.status === 404) loadModels();
   end(conversation, turn);
@@ -201,8 +202,7 @@ function end(conversation, turn) {
   if (conversation === current) {
     showThread();
     showTitle();
-    if (turn.error) say(`${titleOfError(turn.error)} ${turn.error.message}`);
-    else if (turn.answer) say(plainText(turn.answer).slice(0, 2000));
+    if (turn.answer && !turn.error) say(plainText(turn.answer).slice(0, 2000));
   }
   showSidebar();
 }
@@ -216,7 +216,8 @@ function taker(conversation, turn, answer, begun) {
     if (chunk.usage) {
       const { completion_tokens: tokens, prompt_tokens: prompt, prompt_tokens_details: details } = chunk.usage;
       Object.assign(answer, { tokens, prompt, cached: details?.cached_tokens ?? 0 });
-      if (tokens > 1 && answer.lastAt > first) answer.tokensPerS = (1000 * (tokens - 1)) / (answer.lastAt - first);
+      const span = answer.lastAt - first; // too short to measure with if the answer came in one go
+      if (tokens) answer.tokensPerS = span > 100 ? (1000 * (tokens - 1)) / span : (1000 * tokens) / (answer.lastAt - begun);
       delete answer.lastAt;
     }
     const choice = chunk.choices?.[0];
@@ -355,7 +356,7 @@ async function loadModels() {
 function onOtherTab(event) {
   if (!event.key?.startsWith(`${PREFIX}chat/`)) return;
   const id = event.key.slice(PREFIX.length + 5);
-  if (running.has(id)) return;
+  if (running.has(id) || event.newValue?.includes('"status":"writing"')) return; // there is more to come
   changed.delete(id);
   if (id !== current.id || editing) return void showSidebar();
   views.clear();

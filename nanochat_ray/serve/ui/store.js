@@ -6,6 +6,7 @@
 
 const PREFIX = "nanochat-ray/";
 const changed = new Map(); // conversations of this page, by id: also those that the browser has no room for
+let full = false; // whether that was so the last time
 
 function readItem(key) {
   try {
@@ -36,8 +37,10 @@ function saveConversation(conversation) {
   if (!conversation.turns.length) return;
   if (!conversation.named) conversation.title = titleOf(conversation.turns[0].text);
   changed.set(conversation.id, conversation);
-  if (writeItem(`chat/${conversation.id}`, conversation)) dropNotice("storage");
-  else notice("storage", "The browser's storage is full: this conversation ends with this page. Delete old ones to keep it.");
+  const wasFull = full;
+  full = !writeItem(`chat/${conversation.id}`, conversation);
+  if (!full) dropNotice("storage");
+  else if (!wasFull) notice("storage", "The browser's storage is full: this conversation ends with this page. Delete old ones to keep it.");
 }
 
 function deleteConversation(id) {

@@ -137,7 +137,7 @@ function remedies(turn) {
   const { conversation, index } = placeOf(turn);
   const tooLong = turn.error.code === "context_length_exceeded" && conversation && index > conversation.from;
   return {
-    retry: () => regenerate(turn, turn.error.text ?? turn.text),
+    retry: () => (turn.error.goOn ? continueTurn(turn) : regenerate(turn, turn.error.text ?? turn.text)),
     more: [
       tooLong && ["Leave out older turns", () => leaveOutOlder(turn)],
       ["Edit", () => editTurn(turn, turn.error?.text ?? turn.text)],
