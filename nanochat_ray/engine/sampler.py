@@ -60,13 +60,15 @@ class RowSampler:
 
 
 def check_sampling(params: SamplingParams) -> None:
-    """ValueError for a temperature, top_k, top_p or logprobs without meaning."""
+    """ValueError for a temperature, top_k, top_p, logprobs or stop text without meaning."""
     if not 0 <= params.temperature < math.inf or (params.top_k or 0) < 0:
         raise ValueError(f"temperature {params.temperature} and top_k {params.top_k} must not be negative")
     if not 0 < params.top_p <= 1:
         raise ValueError(f"top_p {params.top_p} must be above 0 and at most 1, which keeps every token")
     if (params.logprobs or 0) < 0:
         raise ValueError(f"logprobs {params.logprobs} must not be negative; 0 gives those of the sampled tokens only")
+    if not all(params.stop):
+        raise ValueError(f"stop texts {list(params.stop)!r}: an empty one would end every stream at once; leave it out")
 
 
 def row_generator(seed: int, sample: int) -> torch.Generator:

@@ -238,6 +238,7 @@ def test_bad_parameters_are_refused() -> None:
         ({"top_p": 1.1}, "top_p 1.1"),
         ({"top_p": math.nan}, "top_p nan"),
         ({"logprobs": -1}, "logprobs -1"),
+        ({"stop": ("a", "")}, "empty"),
     ]:
         with pytest.raises(ValueError, match=words):
             check_sampling(SamplingParams(**changes))
