@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response, Security
+from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
@@ -37,15 +38,19 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
 
-_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
 _NOT_HERE = (401, 403, 404)
 _NOT_NOW = (400, 408, 413, 415, 429, 500, 503, 504)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document. With "default" FastAPI does not add its own 422, which never comes."""
-    listed: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in statuses}
-    return {**listed, "default": {"model": ErrorBody, "description": "Any other error"}}
+    body = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    listed: dict[int | str, dict[str, Any]] = {
+        status: {"description": HTTPStatus(status).phrase, "content": body} for status in statuses
+    }
+    return {**listed, "default": {"description": "Any other error", "model": ErrorBody}}
 
 
 _ERRORS = _errors(*_NOT_HERE, *_NOT_NOW)
@@ -65,13 +70,17 @@ def create_app(backend: Backend, settings: HttpSettings | None = None) -> FastAP
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Security(HTTPBearer(auto_error=False))] if keys else [],  # for the OpenAPI document only
     )
-    app.router.route_class = json_route(settings.max_body_bytes)
     install_error_handlers(app)
-    _add_generation(app, backend, settings)
-    _add_models(app, backend)
-    add_health(app, backend, _READ_ERRORS)
+    # The key is asked for by the Guard; this only says so in the OpenAPI document.
+    keyed = APIRouter(
+        route_class=json_route(settings.max_body_bytes),
+        dependencies=[Security(HTTPBearer(auto_error=False))] if keys else [],
+    )
+    _add_generation(keyed, backend, settings)
+    _add_models(keyed, backend)
+    add_health(app, keyed, backend, _READ_ERRORS)
+    app.include_router(keyed)
     add_page(app)
     # The last one added is the outermost.
     app.add_middleware(Guard, keys=keys)
@@ -89,7 +98,7 @@ def create_app(backend: Backend, settings: HttpSettings | None = None) -> FastAP
     return app
 
 
-def _add_generation(app: FastAPI, backend: Backend, settings: HttpSettings) -> None:
+def _add_generation(routes: APIRouter, backend: Backend, settings: HttpSettings) -> None:
     def relay(request: Request, plan: Plan, writer: Writer, stream: bool) -> Relay:
         note = Note.of(request.scope)
         note.model = plan.model.name
@@ -97,7 +106,7 @@ def _add_generation(app: FastAPI, backend: Backend, settings: HttpSettings) -> N
             note.prompt = "\n".join(plan.model.tokenizer.decode(prompt) for prompt in plan.prompts)
         return Relay(backend, plan, writer, stream, settings.keep_alive_s)
 
-    @app.post(
+    @routes.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
         responses={200: {"content": _EVENTS}, **_ERRORS},
@@ -107,26 +116,26 @@ def _add_generation(app: FastAPI, backend: Backend, settings: HttpSettings) -> N
         plan = await plan_chat(backend, settings, body)
         return relay(request, plan, ChatWriter(plan, body.with_usage), bool(body.stream))
 
-    @app.post("/v1/completions", response_model=Completion, responses={200: {"content": _EVENTS}, **_ERRORS})
+    @routes.post("/v1/completions", response_model=Completion, responses={200: {"content": _EVENTS}, **_ERRORS})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue text; with `stream` as server-sent events."""
         plan = await plan_completion(backend, settings, body)
         return relay(request, plan, CompletionWriter(plan, body.with_usage, bool(body.echo)), bool(body.stream))
 
-    @app.post(NATIVE_PATH, response_class=EventStream, responses=_ERRORS)
+    @routes.post(NATIVE_PATH, response_class=EventStream, responses={200: {"content": _EVENTS}, **_ERRORS})
     async def native(request: Request, body: NativeRequest) -> Response:
         """Nanochat's own API: always a stream."""
         plan = await plan_native(backend, settings, body)
         return relay(request, plan, NativeWriter(plan), True)
 
 
-def _add_models(app: FastAPI, backend: Backend) -> None:
-    @app.get("/v1/models", response_model=ModelList, responses=_READ_ERRORS)
+def _add_models(routes: APIRouter, backend: Backend) -> None:
+    @routes.get("/v1/models", response_model=ModelList, responses=_READ_ERRORS)
     async def models() -> Response:
         """All models that a request can name; the first answers those that name none."""
         return json_response({"object": "list", "data": [_card(model) for model in backend.models]})
 
-    @app.get("/v1/models/{model}", response_model=ModelCard, responses=_READ_ERRORS)
+    @routes.get("/v1/models/{model}", response_model=ModelCard, responses=_READ_ERRORS)
     async def model(model: str) -> Response:
         """One model."""
         return json_response(_card(find_model(backend, model)))

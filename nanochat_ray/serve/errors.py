@@ -30,8 +30,12 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     503: ("server_error", "unavailable"),
     504: ("server_error", "timeout"),
 }
+_NO_TOOL_MESSAGES = (
+    "There are no messages of tools: this server runs its tool itself, and an assistant's parts tell of it."
+)
 # What pydantic adds to a place to say which alternative of a union it tried.
 _UNION_TAG = re.compile(r"str|int|float|bool|none|(list|constrained|function|literal)[-\[].*|[A-Z]\w+")
+_ROLES = {"system", "developer", "user", "assistant"}  # such tags too, behind a message's number
 
 
 class ApiError(Exception):
@@ -120,6 +124,10 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         place = f" at character {first['loc'][-1]}" if isinstance(first["loc"][-1], int) else ""
         return ApiError(400, f"The body is no JSON: {first['ctx']['error']}{place}.", code="invalid_json")
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):  # a message's role
+        param = f"{_param(first['loc'])}.role"
+        message = f"{param}: it must be system, developer, user or assistant. {_NO_TOOL_MESSAGES}"
+        return ApiError(400, message, param=param)
     # Of the alternatives of a union the one that was understood furthest tells the most.
     params = [_param(error["loc"]) for error in errors]
     param = max((name for name in params if name.startswith(params[0])), key=lambda name: name.count("."))
@@ -133,4 +141,5 @@ def _described(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def _param(place: Sequence[int | str]) -> str:
     """Dotted name of the place, such as messages.0.content."""
     names = [str(step) for step in place if step not in ("body", "path", "query")]
-    return ".".join(name for name in names if not _UNION_TAG.fullmatch(name))
+    roles = {k for k, name in enumerate(names) if name in _ROLES and k > 0 and names[k - 1].isdecimal()}
+    return ".".join(name for k, name in enumerate(names) if not _UNION_TAG.fullmatch(name) and k not in roles)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat_ray.serve.backend import Backend
 from nanochat_ray.serve.errors import ApiError, json_response
-from nanochat_ray.serve.protocol import ErrorBody
 
 
 class Up(BaseModel):
@@ -36,8 +35,8 @@ class Stats(BaseModel):
     workers: list[dict[str, Any]]
 
 
-def add_health(app: FastAPI, backend: Backend, errors: dict[int | str, dict[str, Any]]) -> None:
-    """`/healthz` (this process is up), `/readyz` (it can answer), nanochat's `/health` and `/stats`."""
+def add_health(app: FastAPI, routes: APIRouter, backend: Backend, errors: dict[int | str, dict[str, Any]]) -> None:
+    """`/healthz` (this process is up) for all; `/readyz` (it can answer), nanochat's `/health` and `/stats`."""
 
     def numbers() -> tuple[dict[str, Any], bool, bool]:
         stats = backend.stats()
@@ -48,20 +47,20 @@ def add_health(app: FastAPI, backend: Backend, errors: dict[int | str, dict[str,
     async def healthz() -> Response:
         return json_response({"status": "ok"})
 
-    @app.get("/readyz", response_model=Up, responses={**errors, 503: {"model": ErrorBody}})
+    @routes.get("/readyz", response_model=Up, responses=errors)
     async def readyz() -> Response:
         if not numbers()[1]:
             raise ApiError(503, "No model is ready yet.", code="loading", headers={"retry-after": "2"})
         return json_response({"status": "ready"})
 
-    @app.get("/health", response_model=Health, responses=errors)
+    @routes.get("/health", response_model=Health, responses=errors)
     async def health() -> Response:
         stats, ready, _ = numbers()
         on_gpu = str(stats.get("device", "cpu")).startswith("cuda")
         answer = {"status": "ok", "ready": ready, "num_gpus": int(on_gpu), "available_workers": int(ready)}
         return json_response({**stats, **answer})
 
-    @app.get("/stats", response_model=Stats, responses=errors)
+    @routes.get("/stats", response_model=Stats, responses=errors)
     async def stats() -> Response:
         known, ready, busy = numbers()
         answer = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from nanochat_ray.serve.answers import Brackets, Sample, sse
 from nanochat_ray.serve.backend import Backend
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.plan import Plan, plan_chat
-from nanochat_ray.serve.protocol import ChatRequest, Message, Request
+from nanochat_ray.serve.protocol import Answer, ChatRequest, Question, Request, whole
 from nanochat_ray.serve.settings import HttpSettings
 
 MAX_MESSAGES = 500
@@ -33,8 +33,8 @@ class NativeRequest(Request):
 
     messages: list[NativeMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0, le=MAX_TOP_K, description="0: the whole vocabulary")
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    top_k: Annotated[int, *whole(0, MAX_TOP_K)] | None = Field(None, description="0: the whole vocabulary")
+    max_tokens: Annotated[int, *whole(1, MAX_TOKENS)] | None = None
 
     @model_validator(mode="after")
     def _not_too_long(self) -> NativeRequest:
@@ -47,12 +47,18 @@ class NativeRequest(Request):
 async def plan_native(backend: Backend, settings: HttpSettings, body: NativeRequest) -> Plan:
     """ApiError for a request that cannot be answered as it is."""
     same = ChatRequest(
-        messages=[Message(role=message.role, content=message.content) for message in body.messages],
+        messages=[_openai(message) for message in body.messages],
         temperature=body.temperature,
         top_k=body.top_k,
         max_tokens=body.max_tokens,
     )
     return await plan_chat(backend, settings, same)
+
+
+def _openai(message: NativeMessage) -> Question | Answer:
+    if message.role == "assistant":
+        return Answer(role="assistant", content=message.content)
+    return Question(role=message.role, content=message.content)
 
 
 class NativeWriter:

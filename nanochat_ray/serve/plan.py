@@ -11,7 +11,7 @@ from typing import Any
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.serve.backend import Backend, ServedModel
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, Message, SamplingRequest
+from nanochat_ray.serve.protocol import Answer, ChatRequest, CompletionRequest, Question, SamplingRequest
 from nanochat_ray.serve.settings import HttpSettings
 from nanochat_ray.text.conversation import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -161,26 +161,18 @@ def _sampling(
     )
 
 
-def _plain(k: int, message: Message) -> dict[str, Any]:
-    """A message as text/conversation.py knows it. Parts that are only text become one string."""
-    role = "system" if message.role == "developer" else message.role
-    place = f"messages.{k}.content"
-    content = message.content
-    if role == "assistant":
-        if message.parts is not None:
-            content, place = message.parts, f"messages.{k}.parts"
-        if content is None:
-            raise ApiError(400, f"{place}: an assistant's message needs content or parts", place)
-        if isinstance(content, str):
-            return {"role": role, "content": content}
-        return {"role": role, "content": [{"type": part.type, "text": part.text} for part in content]}
-    if content is None:
-        raise ApiError(400, f"{place}: a {message.role} message needs content", place)
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if any(part.type != "text" for part in content):
-        raise ApiError(400, f"{place}: only an assistant's message has parts that are not text", place)
-    return {"role": role, "content": "".join(part.text for part in content)}
+def _plain(k: int, message: Question | Answer) -> dict[str, Any]:
+    """A message as text/conversation.py knows it."""
+    if isinstance(message, Question):
+        role = "system" if message.role == "developer" else message.role
+        text = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
+        return {"role": role, "content": text}
+    said = message.content if message.parts is None else message.parts
+    if said is None:
+        place = f"messages.{k}.content"
+        raise ApiError(400, f"{place}: an assistant's message needs content or parts", place)
+    content = said if isinstance(said, str) else [{"type": part.type, "text": part.text} for part in said]
+    return {"role": message.role, "content": content}
 
 
 def _n_chars(content: str | list[dict[str, str]]) -> int:

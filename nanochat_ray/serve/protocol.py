@@ -28,37 +28,54 @@ def _nothing_but(*accepted: Any) -> tuple[AfterValidator, WithJsonSchema]:
     return AfterValidator(check), WithJsonSchema({"enum": list(accepted)})
 
 
-def _no_tool_role(role: Any) -> Any:
-    if role in ("tool", "function"):
-        raise ValueError(
-            f"there is no role {role!r}: this server runs its tool itself, and an assistant message of the history "
-            "tells of it in its parts"
-        )
-    return role
+def _integral(value: Any) -> Any:
+    """JSON knows one kind of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def whole(least: int, most: int | None = None) -> tuple[Any, BeforeValidator]:
+    """Annotations of an int between bounds."""
+    return Field(ge=least, le=most), BeforeValidator(_integral)
+
+
+AtLeastOne = Annotated[int, *whole(1)]
 Penalty = Annotated[Any, *_nothing_but(0, None)]
 Tools = Annotated[Any, *_nothing_but([], None)]
 ToolChoice = Annotated[Any, *_nothing_but("none", "auto", None)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Seed = Annotated[int, *whole(-(2**63), 2**63 - 1)]
 
 
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class TextPart(Request):
+    type: Literal["text"]
+    text: str
+
+
 class Part(Request):
-    """A stretch of a message: plain text, or of an assistant's also a tool call or the tool's output."""
+    """A stretch of an assistant's message: plain text, a tool call, or the tool's output."""
 
     type: Literal["text", "python", "python_output"]
     text: str
 
 
-class Message(Request):
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool_role)]
+class Question(Request):
+    """What a person or the person's program says. A developer's message is a system message."""
+
+    role: Literal["system", "developer", "user"]
+    content: str | list[TextPart]
+
+
+class Answer(Request):
+    role: Literal["assistant"]
     content: str | list[Part] | None = None
-    parts: list[Part] | None = Field(None, description="of an assistant: stands for content, with its tool calls")
+    parts: list[Part] | None = Field(None, description="extension: stands for content, with its tool calls")
+
+
+Message = Annotated[Question | Answer, Field(discriminator="role")]
 
 
 class StreamOptions(Request):
@@ -71,9 +88,9 @@ class SamplingRequest(Request):
     model: str | None = Field(None, description="a name from /v1/models; left out: the first one")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description="extension; 0: the whole vocabulary")
-    max_tokens: int | None = Field(None, ge=1, description="at most; what the context leaves may be less")
-    n: int | None = Field(None, ge=1, description="samples")
+    top_k: Annotated[int, *whole(0, 1_000_000)] | None = Field(None, description="extension; 0: the whole vocabulary")
+    max_tokens: AtLeastOne | None = Field(None, description="at most; what the context leaves may be less")
+    n: AtLeastOne | None = Field(None, description="samples")
     seed: Seed | None = Field(None, description="left out: a random one")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
@@ -96,9 +113,9 @@ class SamplingRequest(Request):
 
 class ChatRequest(SamplingRequest):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens, goes before it")
+    max_completion_tokens: AtLeastOne | None = Field(None, description="newer name of max_tokens, goes before it")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs")
+    top_logprobs: Annotated[int, *whole(0, MAX_TOP_LOGPROBS)] | None = Field(None, description="with logprobs")
     response_format: Annotated[Any, *_nothing_but({"type": "text"}, None)] = None
     tools: Tools = None
     tool_choice: ToolChoice = None
@@ -107,7 +124,7 @@ class ChatRequest(SamplingRequest):
     modalities: Annotated[Any, *_nothing_but(["text"], None)] = None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, *whole(0)]], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingRequest):
@@ -115,7 +132,7 @@ class CompletionRequest(SamplingRequest):
         None, description="text or token ids, or a list of such; BOS is put in front"
     )
     echo: bool | None = Field(None, description="the prompt's text in front of the answer's")
-    logprobs: int | None = Field(None, ge=0, le=MAX_LEGACY_LOGPROBS)
+    logprobs: Annotated[int, *whole(0, MAX_LEGACY_LOGPROBS)] | None = None
     suffix: Annotated[Any, *_nothing_but("", None)] = None
     best_of: Annotated[Any, *_nothing_but(1, None)] = None
 

@@ -128,6 +128,7 @@ def test_values_that_ask_for_nothing_are_accepted(server, backend):
         "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "auto",
         "response_format": {"type": "text"}, "stream_options": None, "user": "me", "metadata": {"a": "b"},
         "modalities": ["text"], "store": False, "logprobs": False,
+        "n": 1.0,
     }  # fmt: skip
     response = httpx.post(f"{server[1]}/v1/chat/completions", json={"messages": HI, **nothing})
     assert response.status_code == 200, response.text
