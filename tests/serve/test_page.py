@@ -399,6 +399,21 @@ def test_a_stream_that_breaks_keeps_its_part_and_is_marked(person, server, misha
     assert person.texts(".problem") == [] and person.questions == ["slowly"]
 
 
+def test_a_page_closed_in_the_middle_keeps_what_there_was(person, server):
+    server.answers["slowly"] = SLOW
+    server.backend.step_s = 0.01
+    person.say("slowly", wait=False)
+    person.wait(lambda: "word4" in "".join(person.replies))
+    person.reload()
+    kept = person.replies[0]
+    assert kept.startswith("word0 word1") and SLOW.startswith(kept.strip()) and kept != SLOW
+    assert "The answer was cut off." in person.texts(".problem")[0] and person.texts(".facts")[0].startswith("cut off")
+    person.wait(lambda: server.backend.closed == 1)
+    server.backend.step_s = 0.0
+    person.button("Try again")
+    person.wait(lambda: person.replies == [SLOW])
+
+
 def test_a_conversation_longer_than_the_context_can_leave_out_its_beginning(person, server):
     server.answers["story"] = "x" * 700
     for n in range(2):

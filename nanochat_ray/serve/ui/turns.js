@@ -149,12 +149,13 @@ function problemBox(error, { retry, more = [] }) {
   const title = titleOfError(error);
   const again = el("button", { class: "primary", type: "button", onclick: retry }, "Try again");
   const others = more.map(([label, act]) => el("button", { class: "plain", type: "button", onclick: act }, label));
+  const said = error.message !== title && (error.status !== 401 || apiKey()); // without a key the title says it all
   if (error.retryAt) countDown(again, error.retryAt);
   return el(
     "div",
     { class: "problem" },
     el("strong", {}, title),
-    error.message !== title && el("p", {}, error.message),
+    said && el("p", {}, error.message),
     error.text && el("p", {}, `Not answered: “${titleOf(error.text)}”`),
     el("div", { class: "row" }, ...(error.status === 401 ? keyField(retry) : [again]), ...others),
   );
