@@ -12,43 +12,8 @@ from nanochat_ray.serve.backend import EngineFailed, Overloaded
 
 if not os.environ.get("NANOCHAT_RAY_NEED_BROWSER"):
     pytest.importorskip("selenium", reason="no selenium, which drives the browser")
-from tests.serve.page_server import CONTEXT, By, Keys, PageServer, Person, chromium
+from tests.serve.page_server import CONTEXT, HOSTILE, MARKDOWN, By, Keys, PageServer, Person, chromium
 
-MARKDOWN = """## A *small* tour
-
-Some **bold** text, `inline code`, ~~old~~ and a [link](https://example.org/a_(b)?q=1), also https://example.org/x.
-Names like snake_case_name and 2*3*4 stay.
-
-1. First, with a list in it:
-   - inner one
-   - inner **two**
-2. Second
-
-> A quote,
-> of two lines.
-
-| City | River |
-| --- | --- |
-| Ulm | Danube |
-
-```python
-def square(x):
-    return x * x  # <b>not bold</b>
-```
-The end."""
-HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=1</script><b>x</b>
-[click](javascript:window.hacked=1) [data](data:text/html,x) [quote](https://e.org/"onclick="window.hacked=1)
-![picture](https://example.org/p.png)
-
-# <iframe srcdoc="x"></iframe>
-
-| <i>a</i> | b |
-| --- | --- |
-| <svg onload="window.hacked=1"> | &lt;kept&gt; |
-
-```"><script>window.hacked=1</script>
-</code></pre><svg onload="window.hacked=1">
-```"""
 SLOW = " ".join(f"word{n}" for n in range(60))
 
 
