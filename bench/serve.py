@@ -121,7 +121,7 @@ def bench_engine(dtype: str) -> dict[str, Any]:
         print(
             f"{shape:5s} {one:7.0f} tok/s alone, {many:7.0f} of {STREAMS}: {statistics.median(ratios):.1f} times "
             f"(single pairs {ratios[0]:.1f} to {ratios[-1]:.1f}); a step takes {1e3 / one:.2f} and "
-            f"{1e3 * STREAMS / many:.2f} ms, reading {matrices / 1e6:.0f} MB of weights {1e3 * matrices / bandwidth:.2f}"
+            f"{1e3 * STREAMS / many:.2f} ms, reading {matrices / 1e6:.0f} MB of weights {found[shape]['read_ms']:.2f}"
         )
     return found
 

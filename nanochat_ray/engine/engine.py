@@ -21,6 +21,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 # Of the free memory, how much the cache may take when it is not told.
 KV_FRAC_CPU, KV_FRAC_GPU = 0.25, 0.8
+Params = SamplingParams | Sequence[SamplingParams]
 
 
 @dataclass(frozen=True)
@@ -235,21 +236,25 @@ class Engine:
             version=self.version,
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
-        """Decode `params.num_samples` completions of each prompt; events of all streams in the order of decoding.
+    def generate(self, prompts: Sequence[Sequence[int]], params: Params) -> Iterator[TokenEvent]:
+        """Decode `num_samples` completions of each prompt; events of all streams in the order of decoding.
 
-        Each event's `prompt` is the index in `prompts`. Closing the iterator stops everything. Raises ValueError as
-        `check` does, before anything is decoded. Not to be mixed with `submit` and `step`.
+        `params` are for all prompts, or one for each. An event's `prompt` is the index in `prompts`. Closing the
+        iterator stops everything. Raises ValueError as `check` does, before anything is decoded. Not to be mixed with
+        `submit` and `step`.
         """
-        for number, prompt in enumerate(prompts):
+        each = _for_each(prompts, params)
+        for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             try:
-                self.check(prompt, params)
+                self.check(prompt, own)
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
-        return self._decode_all(prompts, params)
+        return self._decode_all(prompts, each)
 
-    def _decode_all(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
-        index = {self.submit(prompt, params): k for k, prompt in enumerate(prompts)}
+    def _decode_all(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[TokenEvent]:
+        index = {self.submit(prompt, own): k for k, (prompt, own) in enumerate(zip(prompts, params, strict=True))}
         self._unread.update({number: [] for number in index})
         try:
             while any(number in self._requests or self._unread[number] for number in index):
@@ -265,14 +270,15 @@ class Engine:
                 self.cancel(number)
                 del self._unread[number]
 
-    def rollouts(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Rollout]]:
+    def rollouts(self, prompts: Sequence[Sequence[int]], params: Params) -> list[list[Rollout]]:
         """What `generate` gives, collected: a list of `num_samples` completions for each prompt, in order."""
-        events: list[list[list[TokenEvent]]] = [[[] for _ in range(params.num_samples)] for _ in prompts]
+        each = _for_each(prompts, params)
+        events: list[list[list[TokenEvent]]] = [[[] for _ in range(own.num_samples)] for own in each]
         for event in self.generate(prompts, params):
             events[event.prompt][event.sample].append(event)
         return [
-            [self._rollout(prompt, stream, params) for stream in streams]
-            for prompt, streams in zip(prompts, events, strict=True)
+            [self._rollout(prompt, stream, own) for stream in streams]
+            for prompt, streams, own in zip(prompts, events, each, strict=True)
         ]
 
     def _rollout(self, prompt: Sequence[int], events: list[TokenEvent], params: SamplingParams) -> Rollout:
@@ -288,6 +294,13 @@ class Engine:
             terminal_token=terminal,
             logprobs=None if params.logprobs is None else [event.logprob or 0.0 for event in kept],
         )
+
+
+def _for_each(prompts: Sequence[Sequence[int]], params: Params) -> list[SamplingParams]:
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(each)} sampling parameters: give one for all, or one for each")
+    return each
 
 
 def _renumbered(event: TokenEvent, prompt: int) -> TokenEvent:

@@ -38,8 +38,10 @@ class RolloutSource(Protocol):
         """Positions a sequence may fill, prompt included."""
         ...
 
-    def rollouts(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Rollout]]:
-        """`num_samples` completions of each prompt, in order."""
+    def rollouts(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Rollout]]:
+        """`num_samples` completions of each prompt, in order, with parameters of its own."""
         ...
 
 
@@ -126,13 +128,8 @@ def evaluate_generative(
     conversations = [task[index] for index in indices]
     room = engine.context - min(params.max_tokens, engine.context // 2)  # an answer gets at least half of the context
     prompts = [_prompt(tokenizer, conversation, room) for conversation in conversations]
-    ids = [prompt.ids for prompt in prompts]
-    if params.temperature == 0:
-        completed = engine.rollouts(ids, params) if ids else []
-    else:
-        seeds = [problem_seed(params.seed, index) for index in indices]
-        seeded = [dataclasses.replace(params, seed=seed) for seed in seeds]
-        completed = [engine.rollouts([prompt], own)[0] for prompt, own in zip(ids, seeded, strict=True)]
+    seeded = [dataclasses.replace(params, seed=problem_seed(params.seed, index)) for index in indices]
+    completed = engine.rollouts([prompt.ids for prompt in prompts], seeded)
     records = []
     for index, conversation, prompt, rollouts in zip(indices, conversations, prompts, completed, strict=True):
         answers = tuple(_grade(tokenizer, task, conversation, rollout) for rollout in rollouts)
