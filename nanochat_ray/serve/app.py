@@ -1,6 +1,7 @@
-"""The Serve application: replicas that hold engines, with the HTTP ingress in the same process."""
+"""The Serve application: replicas that hold engines, with the HTTP ingress in the same process.
 
-from __future__ import annotations
+Serve looks at the class that `build` is annotated with to check a config's `args`: annotations are no strings here.
+"""
 
 import asyncio
 import logging
@@ -16,9 +17,9 @@ from starlette.types import ASGIApp
 from nanochat_ray.config import THREADS_ENV
 from nanochat_ray.messages import PassedOn, SamplingParams
 from nanochat_ray.remote import Every
-from nanochat_ray.serve.app_settings import ServeSettings, UserConfig
+from nanochat_ray.serve.app_settings import ServeSettings, UserConfig, settle
 
-logger = logging.getLogger("ray.serve")  # the replica's log
+logger = logging.getLogger(__name__)
 
 SIDE_REQUESTS = 64  # of the page, /health, /stats and such, beside those that an engine runs or queues
 BUSY_FRAC = 0.75  # of the rows in use: Serve adds a replica if it may
@@ -36,8 +37,6 @@ def build(args: ServeSettings) -> serve.Application:
     Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
     if a run is not there.
     """
-    from nanochat_ray.serve.weights import settle
-
     cluster = ray.cluster_resources() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1)}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
@@ -88,11 +87,26 @@ def deployment(settings: ServeSettings, gpus: int) -> Any:
     )
 
 
+def log_to_serve() -> None:
+    """Have this package's lines in the replica's own log, which Serve shows in the terminal and the dashboard."""
+    package, serves = logging.getLogger("nanochat_ray"), logging.getLogger("ray.serve")
+    package.handlers, package.propagate = list(serves.handlers), False
+    package.setLevel(serves.level)
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory of the GPU that nobody uses; None for what has no memory of its own."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else None
+
+
 class ChatServer:
     """One replica: an engine per model, all in one thread, and the HTTP application in front of them."""
 
     def __init__(self, settings: ServeSettings, passed_on: PassedOn) -> None:
         passed_on.take()
+        log_to_serve()
         import torch
 
         from nanochat_ray.engine.engine import Engine
@@ -108,21 +122,28 @@ class ChatServer:
         torch.set_num_threads(settings.cpus or 1)
         dtype, why = pick_dtype(device, settings.dtype)
         self.shelves: dict[str, Shelf] = {}
-        engines = []
-        kv_bytes = int(settings.kv_memory_gb * 1e9 / len(settings.choices)) if settings.kv_memory_gb else None
+        loaded = []
         for choice in settings.choices:
             shelf = Shelf(settings.storage, choice, settings.defaults, device, dtype)
             served, model = shelf.load(shelf.find(choice.step))
+            self.shelves[served.name] = shelf
+            loaded.append((served, model))
+            logger.info("%s: step %d, %s on %s", served.name, served.lineage["step"], why, device)
+        kv_bytes = settings.kv_bytes_each(free_bytes(device))
+        engines = []
+        for served, model in loaded:
             engine = Engine(
                 model, served.tokenizer, settings.max_rows, chunk_tokens=settings.chunk_tokens, kv_bytes=kv_bytes
             )
             warm_up = SamplingParams(max_tokens=WARM_UP_TOKENS, use_tools=False)
             list(engine.generate([[served.tokenizer.bos_id]], warm_up))
-            self.shelves[served.name] = shelf
+            engine.forget()
             engines.append((served, engine))
-            logger.info("%s: step %d, %s on %s", served.name, served.lineage["step"], why, device)
+        self._accepts_requests = False
+        self._updates: set[asyncio.Task[None]] = set()
+        self._one_update = asyncio.Lock()
         self.loop = EngineLoop(engines, settings.max_queue, settings.stream_interval_s, settings.stuck_s)
-        self.loop.notes["device"] = device
+        self.loop.notes |= {"device": device, "pid": os.getpid()}
         self._metrics = Every(METRICS_INTERVAL_S, ServeMetrics(self.loop).export, "serve-metrics")
         logger.info("ready after %.1f s", time.monotonic() - begun)
 
@@ -132,12 +153,24 @@ class ChatServer:
         return create_app(self.loop, self.settings.http_with_keys())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's `user_config`: put other weights in place. Never raises, for Serve would end a replica that does.
+        """Serve's `user_config`: put other weights in place.
 
-        Loading happens in a thread while the engines go on; what cannot be loaded is refused, said in the log and
-        in /stats, and the old weights stay.
+        A replica gets no requests until this returns, so one that is in use goes on at once and loads in a thread
+        meanwhile; /v1/models says what new requests get. It never raises, for Serve would end a replica that does:
+        what cannot be loaded is refused, in the log and in /stats, and the old weights stay.
         """
-        self.loop.notes.pop(REFUSED, None)
+        update = asyncio.create_task(self._take_over(user_config))
+        self._updates.add(update)
+        update.add_done_callback(self._updates.discard)
+        if not self._accepts_requests:
+            await update
+
+    async def _take_over(self, user_config: dict[str, Any]) -> None:
+        async with self._one_update:
+            self.loop.notes.pop(REFUSED, None)
+            await self._take_over_alone(user_config)
+
+    async def _take_over_alone(self, user_config: dict[str, Any]) -> None:
         try:
             wanted = UserConfig.model_validate(user_config or {})
             if isinstance(wanted.weights, dict) and (unknown := sorted(wanted.weights.keys() - self.shelves.keys())):
@@ -170,7 +203,8 @@ class ChatServer:
         logger.error("not taken, the old weights stay: %s", reason)
 
     def check_health(self) -> None:
-        """Raises if an engine failed or hangs; Serve then replaces the replica."""
+        """Raises if an engine failed or hangs; Serve then replaces the replica. It asks once before any request."""
+        self._accepts_requests = True
         self.loop.check_health()
 
     def __del__(self) -> None:

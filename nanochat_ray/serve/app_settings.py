@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 from nanochat_ray.config import Settings
 from nanochat_ray.messages import SamplingParams
+from nanochat_ray.remote import Remote
+from nanochat_ray.run_dir import STAGE_OF_SOURCE, RunDir, existing_run, shown
 from nanochat_ray.serve.settings import HttpSettings
 
 API_KEYS_VARIABLE = "NANOCHAT_RAY_API_KEYS"
+SHARED_KV_FRAC = 0.8  # of a GPU's free memory, where several engines share it
 Source = Literal["base", "sft", "rl"]
 
 
@@ -78,11 +82,50 @@ class ServeSettings(Settings):
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, max_tokens=self.max_tokens
         )
 
+    def kv_bytes_each(self, free_bytes: int | None) -> int | None:
+        """Memory for keys and values of each engine; None: the engine sees for itself, which one alone can.
+
+        `free_bytes` is what a GPU has left when all models are on it.
+        """
+        if self.kv_memory_gb is not None:
+            return int(self.kv_memory_gb * 1e9 / len(self.choices))
+        if len(self.choices) > 1 and free_bytes is not None:
+            return int(free_bytes * SHARED_KV_FRAC / len(self.choices))
+        return None
+
     def http_with_keys(self) -> HttpSettings:
         """The HTTP side's settings with the keys that this process' environment has."""
         keys = [key.strip() for key in os.environ.get(API_KEYS_VARIABLE, "").split(",")]
         values = self.http.model_dump() | {"api_keys": tuple(SecretStr(key) for key in keys if key)}
         return HttpSettings.model_validate(values)
+
+
+def settle(storage: str | None, choices: tuple[ModelChoice, ...]) -> tuple[ModelChoice, ...]:
+    """The same choices with the run and the name filled in, so that every replica serves the same. Needs no torch.
+
+    FileNotFoundError that names the command to run if there is no such run or the run has no such model yet,
+    ValueError for a name used twice.
+    """
+    settled = []
+    for choice in choices:
+        tag = existing_run(storage, choice.model_tag)
+        folder = RunDir.of(storage, tag).checkpoints(STAGE_OF_SOURCE[choice.source])
+        if not _has_checkpoints(folder):
+            raise FileNotFoundError(
+                f"run {tag} has no {choice.source} model yet: there is no checkpoint in {shown(folder)}. Train it "
+                f"(python jobs/speedrun.py --model-tag {tag} does all stages) or serve another `source`"
+            )
+        settled.append(choice.model_copy(update={"model_tag": tag, "name": choice.name or f"{tag}-{choice.source}"}))
+    names = [str(choice.name) for choice in settled]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"models: {', '.join(twice)} is there more than once; give each a `name` of its own")
+    return tuple(settled)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    remote = Remote.of(folder)
+    names = remote.listing(folder) if remote else (os.listdir(folder) if folder.is_dir() else ())
+    return any(name.startswith("step_") for name in names)
 
 
 class UserConfig(Settings):

@@ -82,7 +82,8 @@ def as_api_error(error: Exception, began: bool) -> ApiError:
         return ApiError(429, str(error), headers={"retry-after": str(seconds)})
     if isinstance(error, EngineFailed):
         _log.error("the engine failed: %s", error)
-        return ApiError(503, "The model's engine failed; ask again.", code="engine_failed", headers={"retry-after": "1"})
+        message = "The model's engine failed; ask again."
+        return ApiError(503, message, code="engine_failed", headers={"retry-after": "1"})
     if isinstance(error, TimeoutError):
         # Asking again would only begin the same long answer anew: tell OpenAI's clients not to.
         message = "The answer took longer than a request may take here; ask for fewer tokens."

@@ -152,10 +152,6 @@ class ErrorBody(BaseModel):
     detail: str | None = Field(None, description="the message, from nanochat's own endpoint")
 
 
-class PromptDetails(BaseModel):
-    cached_tokens: int
-
-
 class CompletionDetails(BaseModel):
     forced_tokens: int = Field(description="extension: of the completion's tokens, those that a tool put there")
 
@@ -165,7 +161,6 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="without the token that ends an answer")
     total_tokens: int
     completion_tokens_details: CompletionDetails
-    prompt_tokens_details: PromptDetails | None = None
 
 
 class TopLogprob(BaseModel):

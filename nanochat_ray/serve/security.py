@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nanochat_ray.serve.errors import ApiError, error_response
 from nanochat_ray.serve.request_log import Note
 
+MAX_DIGITS = 18  # of a length; Python does not even read numbers of thousands of digits
 # What a person needs to open the page and give it a key, and what a load balancer asks.
 OPEN_PATHS = frozenset({"/", "/logo.svg", "/healthz"})
 # Marks of a reverse proxy: behind one every peer looks local.
@@ -36,7 +37,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+            path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
             refusal = self._without_key(scope, headers) if not self._digests else self._key_refusal(path, headers)
             if refusal:
                 await error_response(refusal, path)(scope, receive, send)
@@ -129,7 +130,7 @@ def json_route(max_body_bytes: int) -> type[APIRoute]:
                 if media_type != "application/json":
                     raise ApiError(415, "Send the body as JSON, with the header Content-Type: application/json.")
                 declared = request.headers.get("content-length", "")
-                if declared.isdecimal() and int(declared) > max_body_bytes:
+                if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_body_bytes):
                     raise _too_large(max_body_bytes)
                 limited = _LimitedRequest(request.scope, request.receive)
                 limited.max_body_bytes = max_body_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field, SecretStr, field_validator
@@ -9,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from nanochat_ray.config import Settings
 
 MIN_KEY_CHARS = 16
+_ORIGIN = re.compile(r"https?://[^/\s*]+")
 
 
 class HttpSettings(Settings):
@@ -37,8 +39,19 @@ class HttpSettings(Settings):
             check_key(key.get_secret_value(), f"number {n} of api_keys")
         return keys
 
+    @field_validator("allow_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"allow_origins {origin!r}: an origin is scheme, host and maybe port, such as https://example.org, "
+                    "without a path; or *"
+                )
+        return origins
+
     def keys(self) -> list[str]:
-        """All keys. FileNotFoundError or ValueError if the file that was named has none: never an open door."""
+        """All keys. FileNotFoundError or ValueError where that would leave a door open: the named file has none, ..."""
         keys = [key.get_secret_value() for key in self.api_keys]
         if self.api_keys_file is not None:
             file = Path(self.api_keys_file).expanduser()
@@ -51,6 +64,8 @@ class HttpSettings(Settings):
             for n, key in enumerate(found):
                 check_key(key, f"key {n} of {file}")
             keys += found
+        if "*" in self.allow_origins and not keys:
+            raise ValueError("allow_origins * without keys would let every web page that is open here use the models")
         return keys
 
 

@@ -9,26 +9,10 @@ import torch
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.model.checkpoint import Checkpoint, file_hash, resolve_checkpoint
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.run_dir import CONFIG_FILE, MANIFEST_FILE, STAGE_OF_SOURCE, RunDir, existing_run
+from nanochat_ray.run_dir import CONFIG_FILE, MANIFEST_FILE, STAGE_OF_SOURCE, RunDir
 from nanochat_ray.serve.app_settings import ModelChoice
 from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.text.tokenizer import Tokenizer
-
-
-def settle(storage: str | None, choices: tuple[ModelChoice, ...]) -> tuple[ModelChoice, ...]:
-    """The same choices with the run and the name filled in, so that every replica serves the same.
-
-    FileNotFoundError that names the command to run if there is no such run, ValueError for a name used twice.
-    """
-    settled = []
-    for choice in choices:
-        tag = existing_run(storage, choice.model_tag)
-        name = choice.name or f"{tag}-{choice.source}"
-        settled.append(choice.model_copy(update={"model_tag": tag, "name": name}))
-    names = [choice.name for choice in settled]
-    if twice := sorted({name for name in names if names.count(name) > 1 and name}):
-        raise ValueError(f"models: {', '.join(twice)} is there more than once; give each a `name` of its own")
-    return tuple(settled)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 
 class ChatWriter(Answers):
-    """`/v1/chat/completions`."""
+    """`/v1/chat/completions`.
+
+    Log-probabilities are listed of all tokens that have one but the terminal: also of tool calls, whose text is in the
+    parts and not in the content, and of the tokens that made up a stop text.
+    """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -78,13 +82,18 @@ class ChatWriter(Answers):
         }
 
 
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; this is what OpenAI writes."""
+    return max(-9999.0, logprob)
+
+
 def _entry(tokenizer: Tokenizer, event: TokenEvent) -> dict[str, Any]:
     """Of a chat's logprobs."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         text, raw = token_text(tokenizer, token)
         special = token in tokenizer.special.values()
-        return {"token": text, "bytes": None if special else list(raw), "logprob": logprob}
+        return {"token": text, "bytes": None if special else list(raw), "logprob": _finite(logprob)}
 
     assert event.logprob is not None
     return {**one(event.token, event.logprob), "top_logprobs": [one(*top) for top in event.top_logprobs]}
@@ -155,8 +164,8 @@ class Legacy:
     def add(self, event: TokenEvent) -> None:
         assert event.logprob is not None
         text, raw = token_text(self._tokenizer, event.token)
-        top = {token_text(self._tokenizer, token)[0]: logprob for token, logprob in event.top_logprobs}
-        self._rows.append((text, event.logprob, top, self._n_chars))
+        top = {token_text(self._tokenizer, token)[0]: _finite(logprob) for token, logprob in event.top_logprobs}
+        self._rows.append((text, _finite(event.logprob), top, self._n_chars))
         self._n_chars += len(self._decoder.decode(raw))
 
     def unsent(self, top: int) -> dict[str, Any]:

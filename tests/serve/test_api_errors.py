@@ -183,6 +183,9 @@ def test_a_body_is_counted_while_it_is_read():
     padding = {"messages": HI, "pad": "x" * 1000}
     assert error_of(client.post(CHAT, json=padding), 413)["code"] == "request_too_large"
 
+    lengths = {"content-type": "application/json", "content-length": "9" * 5000}
+    error_of(client.post(CHAT, content=b"{}", headers=lengths), 413)
+
     def pieces():
         yield b'{"pad":"'
         for _ in range(100):
@@ -287,6 +290,15 @@ def test_while_no_model_is_loaded():
     assert client.get("/health").json()["ready"] is False and client.get("/healthz").status_code == 200
     error_of(client.get("/readyz"), 503)
     assert client.get("/v1/models").json() == {"object": "list", "data": []}
+
+
+def test_a_failure_of_the_servers_own(caplog):
+    backend = Scripted()
+    backend.stats = lambda: 1 / 0
+    response = local(backend).get("/stats")
+    error = error_of(response, 500)
+    assert error["type"] == "server_error" and "division" not in response.text and response.headers["x-request-id"]
+    assert "ZeroDivisionError" in caplog.text, "its log says more"
 
 
 def test_no_limit_can_be_talked_around():

@@ -180,6 +180,28 @@ def test_cors_is_closed_unless_opened():
     assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
+def test_origins_that_open_too_much_or_nothing_are_refused():
+    for origin in ("chat.example.org", "https://example.org/", "https://*.example.org", "null"):
+        with pytest.raises(ValidationError, match="an origin is scheme, host"):
+            HttpSettings(allow_origins=(origin,))
+    with pytest.raises(ValueError, match="without keys"):
+        create_app(Scripted(), HttpSettings(allow_origins=("*",)))
+    create_app(Scripted(), KEYS.model_copy(update={"allow_origins": ("*",)}))
+
+
+@pytest.mark.parametrize("root", ["", "/chat"])
+def test_open_paths_below_a_prefix(root):
+    """Serve names the application's prefix in root_path."""
+    app = create_app(Scripted(), KEYS)
+
+    async def mounted(scope, receive, send):
+        await app({**scope, "root_path": root, "path": root.rstrip("/") + scope["path"]}, receive, send)
+
+    client = TestClient(mounted, base_url="http://localhost", client=("203.0.113.9", 1))
+    assert [client.get(path).status_code for path in OPEN] == [200] * 3
+    assert [client.get(path).status_code for path in PRIVATE] == [401] * len(PRIVATE)
+
+
 def test_a_simple_request_of_another_sites_page_does_nothing():
     """Browsers send these three types without asking first."""
     backend = Scripted()
