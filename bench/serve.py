@@ -2,7 +2,7 @@
 
     python bench/serve.py [--only engine,prefix,http,first,cold] [--pairs 5] [--threads 1] [--dtype bfloat16]
 
-engine: tokens per second of 1 and 16 streams on a tiny and a d6 network, and how long reading the weights takes.
+engine: tokens per second of 1 and 16 streams on a tiny and a d6 network, beside the time that reading takes.
 prefix: time to the first token of a conversation's first and second turn.
 http:   16 streams in the bare engine and through HTTP in turns, same machine, Serve up in both arms, client's CPU.
 first:  time to the first token through HTTP, beside an endpoint on Serve that streams without doing anything.
@@ -32,6 +32,8 @@ from nanochat_ray.config import THREADS_ENV, ModelConfig
 SHAPES = {
     "tiny": ModelConfig(sequence_len=2048, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=256),
     "d6": ModelConfig(sequence_len=2048, vocab_size=32768, n_layer=6, n_head=3, n_kv_head=3, n_embd=384),
+    "d12": ModelConfig(sequence_len=2048, vocab_size=32768, n_layer=12, n_head=6, n_kv_head=6, n_embd=768),
+    "d24": ModelConfig(sequence_len=2048, vocab_size=32768, n_layer=24, n_head=12, n_kv_head=12, n_embd=1536),
 }
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 128
 PORT = 8765
@@ -49,15 +51,15 @@ def prompts(n: int, length: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(length)] for _ in range(n)]
 
 
-def build_engine(shape: str, dtype: str) -> Any:
+def build_engine(shape: str, dtype: str, device: str = "cpu", max_rows: int = STREAMS) -> Any:
     import torch
 
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.model.gpt import GPT
 
     config = SHAPES[shape]
-    model = GPT.build(config, compute_dtype=getattr(torch, dtype))
-    engine = Engine(model, tokenizer_of(config.vocab_size), max_rows=STREAMS)
+    model = GPT.build(config, device=device, compute_dtype=getattr(torch, dtype))
+    engine = Engine(model, tokenizer_of(config.vocab_size), max_rows)
     engine.terminals = frozenset()
     return engine
 
@@ -84,45 +86,56 @@ def tokens_per_s(engine: Any, n: int, seed: int) -> float:
     return count / (time.perf_counter() - begun)
 
 
-def read_bytes_per_s() -> float:
-    """What this process can read from memory: sums over 512 MiB."""
+def read_bytes_per_s(device: str) -> float:
+    """What this process can read from the device's memory: sums over 512 MiB."""
     import torch
 
-    data = torch.zeros(2**27)
-    best = min(timed(data.sum) for _ in range(5))
-    return data.nbytes / best
+    data = torch.zeros(2**27, device=device)
+    times = []
+    for _ in range(6):
+        begun = time.perf_counter()
+        data.sum().item()
+        times.append(time.perf_counter() - begun)
+    return data.nbytes / min(times)
 
 
-def timed(call: Any) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
+def bytes_read(engine: Any, n: int) -> tuple[int, int]:
+    """Bytes of weights, and of keys and values on average, that a step of n streams must read at least."""
+    model = engine.model
+    tables = {id(table.weight) for table in model.tables}
+    size = model.compute_dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables) * size
+    position, c = PROMPT_TOKENS + NEW_TOKENS // 2, model.config
+    return weights, n * sum(2 * c.n_kv_head * c.head_dim * size * min(position, left + 1) for left in model.windows())
 
 
-def bench_engine(dtype: str) -> dict[str, Any]:
-    bandwidth = read_bytes_per_s()
+def bench_engine(dtype: str, device: str) -> dict[str, Any]:
+    bandwidth = read_bytes_per_s(device)
+    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
     found: dict[str, Any] = {"read_gb_per_s": bandwidth / 1e9}
-    for shape in SHAPES:
-        engine = build_engine(shape, dtype)
-        speeds: dict[int, list[float]] = {1: [], STREAMS: []}
+    shapes, batches = (("tiny", "d6"), (1, STREAMS)) if device == "cpu" else (("d12", "d24"), (1, 8, 32, 128))
+    for shape in shapes:
+        engine = build_engine(shape, dtype, device, batches[-1])
+        speeds: dict[int, list[float]] = {n: [] for n in batches}
         for repeat in range(REPEATS + 1):  # the first warms up
-            for n, list_ in speeds.items():
-                list_.append(tokens_per_s(engine, n, repeat))
-        one, many = (statistics.median(speeds[n][1:]) for n in speeds)
-        matrices = sum(p.numel() for name, p in engine.model.named_parameters() if p.dim() == 2 and "embed" not in name
-                       and "wte" not in name) * engine.model.compute_dtype.itemsize  # fmt: skip
-        ratios = sorted(b / a for a, b in zip(speeds[1][1:], speeds[STREAMS][1:], strict=True))
-        found[shape] = {
-            "one": one, "many": many, "ratio": statistics.median(ratios), "ratios": ratios,
-            "step_ms": {1: 1e3 / one, STREAMS: 1e3 * STREAMS / many}, "weights_mb": matrices / 1e6,
-            "read_ms": 1e3 * matrices / bandwidth, "of_limit": {
-                1: matrices / bandwidth * one, STREAMS: matrices / bandwidth * many / STREAMS},
-        }  # fmt: skip
-        print(
-            f"{shape:5s} {one:7.0f} tok/s alone, {many:7.0f} of {STREAMS}: {statistics.median(ratios):.1f} times "
-            f"(single pairs {ratios[0]:.1f} to {ratios[-1]:.1f}); a step takes {1e3 / one:.2f} and "
-            f"{1e3 * STREAMS / many:.2f} ms, reading {matrices / 1e6:.0f} MB of weights {found[shape]['read_ms']:.2f}"
-        )
+            for n, of_n in speeds.items():
+                of_n.append(tokens_per_s(engine, n, repeat))
+                engine.forget()
+        found[shape] = {}
+        for n, (_, *measured) in speeds.items():
+            ratios = sorted(many / one for one, many in zip(speeds[1][1:], measured, strict=True))
+            weights, stored = bytes_read(engine, n)
+            step_s = n / statistics.median(measured)
+            used = (weights + stored) / step_s / bandwidth
+            found[shape][n] = {
+                "tok_per_s": n / step_s, "step_ms": 1e3 * step_s, "ratios": ratios, "weight_bytes": weights,
+                "kv_bytes": stored, "mbu": used,
+            }  # fmt: skip
+            print(
+                f"{shape:5s} {n:4d} streams: {n / step_s:8.0f} tok/s, {statistics.median(ratios):5.1f} times one "
+                f"({ratios[0]:.1f} to {ratios[-1]:.1f}), {1e3 * step_s:6.2f} ms a step; reading "
+                f"{(weights + stored) / 1e6:.0f} MB would take {1e3 * (weights + stored) / bandwidth:.2f} ms ({used:.0%})"
+            )
     return found
 
 
@@ -335,6 +348,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the engine, in both arms")
     parser.add_argument("--dtype", default="bfloat16", help="compute precision; float32 on CPUs without bf16")
+    parser.add_argument("--device", default="cpu", help="cuda: `engine` on a GPU, for d12 and d24")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -350,12 +364,12 @@ def main() -> None:
 
     from nanochat_ray.model.precision import prepare_device
 
-    prepare_device("cpu")
+    prepare_device(args.device)
     torch.set_num_threads(args.threads)
     which = args.only.split(",")
     found: dict[str, Any] = {"threads": args.threads, "dtype": args.dtype, "torch": torch.__version__}
     if "engine" in which:
-        found["engine"] = bench_engine(args.dtype)
+        found["engine"] = bench_engine(args.dtype, args.device)
     if "prefix" in which:
         found["prefix"] = bench_prefix(args.dtype)
     if {"http", "first"} & set(which):
