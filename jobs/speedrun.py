@@ -81,6 +81,7 @@ def speedrun(settings: SpeedrunSettings) -> None:
         path = report.run(job)
         print(f"report: {path}")
         print(f"chat with it: {chat_command(settings.run, job.run_dir.root)}")
+        print(f"in a browser: {serve_command(settings.run, job.run_dir.root)}")
 
 
 def chat_command(settings: RunSettings, run_folder: Path) -> str:
@@ -92,6 +93,17 @@ def chat_command(settings: RunSettings, run_folder: Path) -> str:
     elsewhere = settings.storage or os.environ.get("NANOCHAT_BASE_DIR")  # which the next shell may not have
     storage = ["--storage", shown(run_folder.parent)] if elsewhere else []
     return shlex.join([*command, *storage, "--model-tag", run_folder.name])
+
+
+def serve_command(settings: RunSettings, run_folder: Path) -> str:
+    """The command line that serves the chat page; it takes the storage's largest run unless the file names another."""
+    jobs, serve = Path(__file__).resolve().parent, Path(sys.executable).with_name("serve")
+    command = [str(serve), "run", str(jobs.parent / "serve_configs" / "chat.yaml")]
+    if "_ray_pkg_" in str(jobs):
+        command = ["serve", "run", "serve_configs/chat.yaml"]
+    if settings.storage or os.environ.get("NANOCHAT_BASE_DIR"):
+        command = ["env", f"NANOCHAT_BASE_DIR={shown(run_folder.parent)}", *command]
+    return shlex.join(command)
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
