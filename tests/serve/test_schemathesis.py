@@ -21,7 +21,7 @@ KEY = "a-key-that-is-long-enough"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 # and how many requests of each kind
 OPERATIONS = {
-    "POST /v1/chat/completions": 40, "POST /v1/completions": 40, "POST /chat/completions": 30, "GET /v1/models": 3,
+    "POST /v1/chat/completions": 100, "POST /v1/completions": 100, "POST /chat/completions": 60, "GET /v1/models": 3,
     "GET /v1/models/{model}": 15, "GET /healthz": 3, "GET /readyz": 3, "GET /health": 3, "GET /stats": 3,
 }  # fmt: skip
 
