@@ -326,10 +326,12 @@ def test_running_streams_keep_their_weights() -> None:
     """Requests before, between and after updates of the weights, with the same prompts; one version is all NaN."""
     models = {0: model_named("windows"), 2: tiny_model("SL", n_layer=3, context=CONTEXT)}
     models[1] = copy.deepcopy(models[0])
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        models[2].lm_head.weight.mul_(-1)
         for parameter in models[1].parameters():
             parameter.fill_(torch.nan)
+        for parameter in models[2].parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     engine = Engine(models[0], TOKENIZER, block_size=4, chunk_tokens=30)
     prompts = [prompt_of(0, 60, 1, 0), prompt_of(0, 60, 8, 1)]
     asked: dict[int, tuple[int, Asked]] = {}
