@@ -133,8 +133,8 @@ def bench_engine(dtype: str, device: str) -> dict[str, Any]:
             }  # fmt: skip
             print(
                 f"{shape:5s} {n:4d} streams: {n / step_s:8.0f} tok/s, {statistics.median(ratios):5.1f} times one "
-                f"({ratios[0]:.1f} to {ratios[-1]:.1f}), {1e3 * step_s:6.2f} ms a step; reading "
-                f"{(weights + stored) / 1e6:.0f} MB would take {1e3 * (weights + stored) / bandwidth:.2f} ms ({used:.0%})"
+                f"({ratios[0]:.1f} to {ratios[-1]:.1f}), {1e3 * step_s:6.2f} ms a step, of which reading "
+                f"{(weights + stored) / 1e6:.0f} MB takes {1e3 * used * step_s:.2f} ms ({used:.0%})"
             )
     return found
 

@@ -150,6 +150,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None  # set on a stream's last event; its token is then part of the stream
     logprob: float | None = None  # natural logarithm of its probability at temperature 1 over the whole vocabulary
     top_logprobs: tuple[tuple[int, float], ...] = ()  # the most likely tokens with theirs, in falling order
+    cached_tokens: int = 0  # of the prompt, found in the cache when the stream began; on its first event only
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def known_beginning(root: Node, tokens: Sequence[int], block_size: int, lefts: S
     for n, node in enumerate(path, start=1):
         for kind in range(len(lefts)):
             present[kind] = present[kind] + 1 if kind in node.blocks else 0
-        if all(there >= n - first_block(n * block_size, left, block_size) for there, left in zip(present, lefts, strict=True)):
+        needed = [n - first_block(n * block_size, left, block_size) for left in lefts]
+        if all(there >= need for there, need in zip(present, needed, strict=True)):
             longest = n
     return path[:longest]
 

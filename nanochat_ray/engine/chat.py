@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat_ray.config import ChatSettings
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.stream_text import Piece, StreamText
+from nanochat_ray.engine.stream_text import Brackets, StreamText
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.text.conversation import parse_reply, render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -19,33 +19,18 @@ class ReplyText:
     """Tokens of a reply in, text for a terminal out: whole characters, a tool call as `[12*7 = 84]`, no markers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._stream = StreamText(tokenizer)
+        self._stream, self._brackets = StreamText(tokenizer), Brackets()
         self._openings = {tokenizer.encode_special(f"<|{block}_start|>") for block in ("python", "output")}
-        self._call: str | None = None  # an expression whose result may follow
 
     def feed(self, token: int) -> str:
         """The text that the next token makes visible, often empty."""
         # What an opening marker ends was never closed: the model began the expression anew.
         begins = token in self._openings
-        return "".join(self._show(piece) for piece in self._stream.feed(token) if piece.kind == "text" or not begins)
+        return self._brackets.feed([p for p in self._stream.feed(token) if p.kind == "text" or not begins])
 
     def finish(self) -> str:
         """What is still held back when the reply is over."""
-        return "".join(self._show(piece) for piece in self._stream.finish() if piece.text) + self._take_call()
-
-    def _show(self, piece: Piece) -> str:
-        if piece.kind == "python_output" and self._call is not None:
-            call, self._call = self._call, None
-            return f"[{call} = {piece.text}]"
-        before = self._take_call()
-        if piece.kind == "python":
-            self._call = piece.text
-            return before
-        return before + (piece.text if piece.kind == "text" else f"[{piece.text}]")
-
-    def _take_call(self) -> str:
-        call, self._call = self._call, None
-        return "" if call is None else f"[{call}]"
+        return self._brackets.feed([p for p in self._stream.finish() if p.text]) + self._brackets.finish()
 
 
 class ChatSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class Engine:
                 sample=sample,
                 version=self.version,
                 root=self._weights[self.version].root,
+                n_prompt=len(prompt),
                 tokens=list(prompt),
                 # The last token of a stream is never read, so a prompt that fills the context still gets one.
                 max_len=min(len(prompt) + params.max_tokens, self.context + 1),
@@ -299,14 +301,12 @@ class Engine:
 def _for_each(prompts: Sequence[Sequence[int]], params: Params) -> list[SamplingParams]:
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(each)} sampling parameters: give one for all, or one for each")
+        raise ValueError(f"{len(prompts)} prompts, {len(each)} sampling parameters: give one for all, or one for each")
     return each
 
 
 def _renumbered(event: TokenEvent, prompt: int) -> TokenEvent:
-    return TokenEvent(
-        prompt, event.sample, event.token, event.forced, event.finish_reason, event.logprob, event.top_logprobs
-    )
+    return dataclasses.replace(event, prompt=prompt)
 
 
 def _n_pages(model: GPT, max_rows: int, block_size: int, chunk_tokens: int, kv_bytes: int | None) -> int:

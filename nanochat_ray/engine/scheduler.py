@@ -26,6 +26,7 @@ class Stream:
     sample: int
     version: int  # of the weights
     root: Node  # of all beginnings that were computed with these weights
+    n_prompt: int
     tokens: list[int]  # prompt and completion
     max_len: int  # of the tokens
     sampler: RowSampler
@@ -33,7 +34,7 @@ class Stream:
     text: StreamText | None  # looks for stop texts
     forced: deque[int] = field(default_factory=deque)  # tokens that a tool wants next
     row: Row | None = None
-    counted: bool = False  # its prompt is in the statistics
+    cached_tokens: int | None = None  # of its prompt, once it has begun
     finished: bool = False
 
     @property
@@ -43,6 +44,7 @@ class Stream:
 
     def take(self, sampled: Sampled, terminals: frozenset[int]) -> TokenEvent:
         """Append the sampled token, or the forced one that is due instead of it."""
+        begins = len(self.tokens) == self.n_prompt
         forced = bool(self.forced)
         token = self.forced.popleft() if forced else sampled.token
         if self.tools is not None and not forced:
@@ -56,9 +58,10 @@ class Stream:
         elif len(self.tokens) == self.max_len:
             reason = "length"
         self.finished = reason is not None
+        cached = (self.cached_tokens or 0) if begins else 0
         if forced:
-            return TokenEvent(self.request, self.sample, token, True, reason)
-        return TokenEvent(self.request, self.sample, token, False, reason, sampled.logprob, sampled.top)
+            return TokenEvent(self.request, self.sample, token, True, reason, cached_tokens=cached)
+        return TokenEvent(self.request, self.sample, token, False, reason, sampled.logprob, sampled.top, cached)
 
 
 class Scheduler:
@@ -120,7 +123,7 @@ class Scheduler:
         return True
 
     def _admit(self, budget: int) -> list[tuple[Stream, int]]:
-        """Begin with streams that wait, while the budget has tokens left and there are rows, and blocks for whole prompts."""
+        """Begin with streams that wait, while the budget lasts and there are rows, and blocks for whole prompts."""
         planned = []
         later: list[Stream] = []  # those whose beginning another one is just computing
         while self.waiting and budget and len(self.running) < self.max_rows:
@@ -137,8 +140,8 @@ class Scheduler:
                 self._close(stream)
                 self.waiting.appendleft(stream)
                 break
-            if not stream.counted:
-                stream.counted = True
+            if stream.cached_tokens is None:
+                stream.cached_tokens = row.n
                 self.prompt_tokens += len(stream.tokens)
                 self.cached_tokens += row.n
             n = min(stream.pending, budget)

@@ -102,3 +102,28 @@ class StreamText:
         text, self._held = self._held, ""
         kind, self._kind = self._kind, "text"
         return [Piece(kind, text)] if text or kind != "text" else []
+
+
+class Brackets:
+    """Pieces as one text: a tool call as `[12*7 = 84]`, one without a result as `[12*7]`."""
+
+    def __init__(self) -> None:
+        self._call: str | None = None  # an expression whose result may follow
+
+    def feed(self, pieces: Sequence[Piece]) -> str:
+        """The text that these make visible. A call waits for its result."""
+        return "".join(self._show(piece) for piece in pieces)
+
+    def finish(self) -> str:
+        call, self._call = self._call, None
+        return "" if call is None else f"[{call}]"
+
+    def _show(self, piece: Piece) -> str:
+        if piece.kind == "python_output":
+            call, self._call = self._call, None
+            return f"[{piece.text}]" if call is None else f"[{call} = {piece.text}]"
+        before = self.finish()
+        if piece.kind == "python":
+            self._call = piece.text
+            return before
+        return before + piece.text

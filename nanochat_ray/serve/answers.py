@@ -57,11 +57,13 @@ class Sample:
         self.parts: list[dict[str, str]] = []  # neighbouring text joined
         self.n_tokens = 0  # without the terminal
         self.n_forced = 0
+        self.cached_tokens = 0  # of the prompt
         self.finish_reason: FinishReason | None = None
 
     def feed(self, event: TokenEvent) -> list[Piece]:
         """What the event makes visible."""
         pieces: list[Piece] = []
+        self.cached_tokens += event.cached_tokens
         if not self.is_end(event):
             self.n_tokens += 1
             self.n_forced += event.forced
@@ -84,31 +86,6 @@ class Sample:
     def content(self) -> str:
         """The plain text alone."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
-
-
-class Brackets:
-    """Pieces as one text: a tool call as `[12*7 = 84]`, one without a result as `[12*7]`."""
-
-    def __init__(self) -> None:
-        self._call: str | None = None  # an expression whose result may follow
-
-    def feed(self, pieces: Sequence[Piece]) -> str:
-        """The text that these make visible. A call waits for its result."""
-        return "".join(self._show(piece) for piece in pieces)
-
-    def finish(self) -> str:
-        call, self._call = self._call, None
-        return "" if call is None else f"[{call}]"
-
-    def _show(self, piece: Piece) -> str:
-        if piece.kind == "python_output":
-            call, self._call = self._call, None
-            return f"[{piece.text}]" if call is None else f"[{call} = {piece.text}]"
-        before = self.finish()
-        if piece.kind == "python":
-            self._call = piece.text
-            return before
-        return before + piece.text
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
@@ -148,6 +125,9 @@ class Answers:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(first.cached_tokens for first in self.samples[:: self._plan.samples])
+            },
             "completion_tokens_details": {"forced_tokens": sum(sample.n_forced for sample in self.samples)},
         }
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from nanochat_ray.engine.stream_text import Brackets
 from nanochat_ray.messages import TokenEvent
-from nanochat_ray.serve.answers import Brackets, Sample, sse
+from nanochat_ray.serve.answers import Sample, sse
 from nanochat_ray.serve.backend import Backend
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.plan import Plan, plan_chat

@@ -157,10 +157,15 @@ class CompletionDetails(BaseModel):
     forced_tokens: int = Field(description="extension: of the completion's tokens, those that a tool put there")
 
 
+class PromptDetails(BaseModel):
+    cached_tokens: int = Field(description="of the prompts' tokens, those that were computed for earlier requests")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int = Field(description="without the token that ends an answer")
     total_tokens: int
+    prompt_tokens_details: PromptDetails
     completion_tokens_details: CompletionDetails
 
 

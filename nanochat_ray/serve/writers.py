@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
+from nanochat_ray.engine.stream_text import Brackets
 from nanochat_ray.messages import TokenEvent
-from nanochat_ray.serve.answers import Answers, Brackets, Sample, token_text
+from nanochat_ray.serve.answers import Answers, Sample, token_text
 from nanochat_ray.serve.errors import json_bytes
 from nanochat_ray.serve.plan import Plan
 from nanochat_ray.text.tokenizer import Tokenizer

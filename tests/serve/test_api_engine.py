@@ -71,6 +71,16 @@ def test_answers_are_the_engines(client, params, stream):
     assert (found, usage.completion_tokens, ended) == (text, n_tokens, reason)
 
 
+def test_the_second_turn_says_what_it_found_in_the_cache(client):
+    messages = [{"role": "user", "content": "a question of some forty characters, at least"}]
+    first = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1, n=2)
+    cold = first.usage.prompt_tokens_details.cached_tokens
+    messages += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "why?"}]
+    second = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
+    found = second.usage.prompt_tokens_details.cached_tokens
+    assert cold < 8 and found == (first.usage.prompt_tokens - 1) // 8 * 8
+
+
 def test_seeds_and_samples(client):
     def texts(**params: Any) -> list[str]:
         answer = client.chat.completions.create(**asked("go", max_tokens=12, **params))
