@@ -30,7 +30,7 @@ def cli() -> None:
     checkpoint = resolve_checkpoint(run_dir.checkpoints(STAGE_OF_SOURCE[chat.source]), chat.step)
     device = pick_device(settings.device_type)
     dtype, _ = pick_dtype(device, settings.dtype)
-    engine = Engine(checkpoint.build_model(device, dtype, tokenizer.vocab_size), tokenizer)
+    engine = Engine(checkpoint.build_model(device, dtype, tokenizer.vocab_size), tokenizer, max_rows=1)
     session = ChatSession(engine, tokenizer, chat)
     if chat.prompt is not None:
         answer(session, chat.prompt)

@@ -36,7 +36,11 @@ def run(job: Job, settings: ChatEvalSettings, world_folder: Path | None) -> None
             job.settings.dtype, sources, world_folder=world_folder,
         )
         params = SamplingParams(
-            settings.temperature, settings.top_k, settings.max_new_tokens, EVAL_SEED, settings.num_samples
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            max_tokens=settings.max_new_tokens,
+            seed=EVAL_SEED,
+            num_samples=settings.num_samples,
         )
         names = [HELD_OUT] if world_folder and settings.task_name is None else []
         tasks, units = {}, []

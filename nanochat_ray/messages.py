@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import KW_ONLY, astuple, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -129,6 +129,7 @@ class SamplingParams:
     """How to sample completions of one prompt."""
 
     temperature: float = 1.0  # 0 is greedy
+    _: KW_ONLY
     top_k: int | None = None  # None or 0: the whole vocabulary
     top_p: float = 1.0  # of the likelihood that top_k leaves, the most likely tokens that make up this share
     max_tokens: int = 256  # forced tool output counts

@@ -256,9 +256,11 @@ class Engine:
     def _decode_all(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> Iterator[TokenEvent]:
-        index = {self.submit(prompt, own): k for k, (prompt, own) in enumerate(zip(prompts, params, strict=True))}
-        self._unread.update({number: [] for number in index})
+        index: dict[int, int] = {}
         try:
+            for k, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+                number = self.submit(prompt, own)
+                index[number], self._unread[number] = k, []
             while any(number in self._requests or self._unread[number] for number in index):
                 mine = [event for number in index for event in self._unread[number]]
                 for number in index:
@@ -270,7 +272,7 @@ class Engine:
         finally:
             for number in index:
                 self.cancel(number)
-                del self._unread[number]
+                self._unread.pop(number, None)
 
     def rollouts(self, prompts: Sequence[Sequence[int]], params: Params) -> list[list[Rollout]]:
         """What `generate` gives, collected: a list of `num_samples` completions for each prompt, in order."""

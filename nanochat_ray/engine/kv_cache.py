@@ -47,7 +47,7 @@ class KVCache:
         self.place = {layer: (kind, k) for kind, those in enumerate(layers) for k, layer in enumerate(those)}
         self.pool = BlockPool(n_pages, [len(those) for those in layers])
         shape = n_pages, 2, c.n_kv_head, block_size, c.head_dim  # keys and values
-        self.store = torch.zeros(shape, device=self.device, dtype=dtype)
+        self.store = torch.empty(shape, device=self.device, dtype=dtype)  # a page is cleared before its first use
         n_blocks = -(-max_len // block_size)
         # by kind (slots, blocks, layers): page numbers
         self._pages = [np.zeros((max_rows, n_blocks, len(those)), dtype=np.int64) for those in layers]

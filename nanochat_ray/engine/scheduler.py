@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanochat_ray.engine.blocks import Node, known_beginning
@@ -78,11 +77,15 @@ class Scheduler:
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
 
     def drop(self, stream: Stream) -> None:
-        """Forget a stream that ended or is not wanted any more; its row and blocks are free."""
-        if stream.row is None:
-            self.waiting.remove(stream)
-        else:
+        """Forget a stream that ended or is not wanted any more; its row and blocks are free.
+
+        Also after an interrupt in the middle of `plan`, wherever that left the stream.
+        """
+        if stream in self.running:
             self.running.remove(stream)
+        if stream in self.waiting:
+            self.waiting.remove(stream)
+        if stream.row is not None:
             self._close(stream)
 
     def plan(self) -> list[tuple[Stream, int]]:
@@ -124,21 +127,23 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[tuple[Stream, int]]:
         """Begin with streams that wait, while the budget lasts and there are rows, and blocks for whole prompts."""
-        planned = []
-        later: list[Stream] = []  # those whose beginning another one is just computing
-        while self.waiting and budget and len(self.running) < self.max_rows:
-            stream = self.waiting.popleft()
+        planned: list[tuple[Stream, int]] = []
+        if len(self.running) == self.max_rows:
+            return planned
+        for stream in list(self.waiting):
+            if not budget or len(self.running) == self.max_rows:
+                break
             known = self._known(stream)
             if self._is_being_read(stream, len(known) * self.cache.block_size):
-                later.append(stream)
                 continue
-            row = stream.row = self._open(stream, known)
+            row = stream.row = self.cache.open()
+            row.node = stream.root
+            self.cache.adopt(row, known, stream.tokens)
             wanted = self.cache.most_pages(len(stream.tokens), self.chunk_tokens) - self.cache.held_pages(row)
             # Each running stream will soon want another block; one that begins now must not be the first to lose its.
             spare = len(self.running) * sum(self.cache.pool.layers)
             if self.running and wanted + spare > self.cache.pool.available:
                 self._close(stream)
-                self.waiting.appendleft(stream)
                 break
             if stream.cached_tokens is None:
                 stream.cached_tokens = row.n
@@ -147,9 +152,9 @@ class Scheduler:
             n = min(stream.pending, budget)
             self.cache.extend(row, row.n + n)
             self.running.append(stream)
+            self.waiting.remove(stream)
             planned.append((stream, n))
             budget -= n
-        self.waiting.extendleft(reversed(later))
         return planned
 
     def _known(self, stream: Stream) -> list[Node]:
@@ -157,16 +162,10 @@ class Scheduler:
             return []
         return known_beginning(stream.root, stream.tokens, self.cache.block_size, self.cache.lefts)
 
-    def _open(self, stream: Stream, known: Sequence[Node]) -> Row:
-        row = self.cache.open()
-        row.node = stream.root
-        self.cache.adopt(row, known, stream.tokens)
-        return row
-
     def _close(self, stream: Stream) -> None:
-        assert stream.row is not None
-        self.cache.close(stream.row)
-        stream.row = None
+        row, stream.row = stream.row, None
+        assert row is not None
+        self.cache.close(row)
 
     def _is_being_read(self, stream: Stream, n_known: int) -> bool:
         """Whether a running stream is about to compute the block after the first `n_known` tokens."""

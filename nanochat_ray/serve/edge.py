@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -48,7 +49,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         body = _Body(receive)
-        answer = _Answer(scope["path"], send)
+        answer = _Answer(scope["path"], send, body.drop)
         for tried in range(1, MAX_TRIES + 1):
             await self._app({**scope, "headers": list(scope["headers"])}, body.replay(), answer.send)
             if answer.begun or body.gone:
@@ -70,6 +71,10 @@ class _Body:
         self._kept_bytes = 0
         self.lost = False  # too long to be kept
         self.gone = False  # the client has left
+
+    def drop(self) -> None:
+        """It will not be sent again."""
+        self._kept, self.lost = [], True
 
     def replay(self) -> Receive:
         """A receive function that begins with what has come so far."""
@@ -93,14 +98,15 @@ class _Body:
 class _Answer:
     """The response on its way to the client: whether it has begun, ended, and is a stream of events."""
 
-    def __init__(self, path: str, send: Send) -> None:
-        self._path, self._send = path, send
+    def __init__(self, path: str, send: Send, on_begin: Callable[[], None]) -> None:
+        self._path, self._send, self._on_begin = path, send, on_begin
         self.begun = self.ended = self._events = False
         self._plain: ApiError | None = None  # the proxy's own error, said again in JSON when its body has come
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
+            self._on_begin()
             headers = MutableHeaders(scope=message)
             kind = headers.get("content-type", "")
             self._events = kind.startswith("text/event-stream")

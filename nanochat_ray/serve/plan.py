@@ -53,7 +53,7 @@ def find_model(backend: Backend, name: str | None, chat: bool = False) -> Served
         named = [model for model in models if model.name == name]
         if not named:
             known = ", ".join(model.name for model in models)
-            raise ApiError(404, f"There is no model {name!r} here, but: {known}.", "model", "model_not_found")
+            raise ApiError(404, f"There is no model {name[:100]!r} here, but: {known}.", "model", "model_not_found")
         found = named[0]
     if chat and not found.chat:
         message = f"{found.name} is a base model, which continues text and knows no conversations: use /v1/completions."

@@ -67,13 +67,13 @@ class Question(Request):
     """What a person or the person's program says. A developer's message is a system message."""
 
     role: Literal["system", "developer", "user"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class Answer(Request):
     role: Literal["assistant"]
-    content: str | list[Part] | None = None
-    parts: list[Part] | None = Field(None, description="extension: stands for content, with its tool calls")
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    parts: Annotated[list[Part], Field(fail_fast=True)] | None = Field(None, description="extension: stands for content, with its tool calls")
 
 
 Message = Annotated[Question | Answer, Field(discriminator="role")]
@@ -93,7 +93,7 @@ class SamplingRequest(Request):
     max_tokens: AtLeastOne | None = Field(None, description="at most; what the context leaves may be less")
     n: AtLeastOne | None = Field(None, description="samples")
     seed: Seed | None = Field(None, description="left out: a random one")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     use_tools: bool | None = Field(None, description="extension: whether the calculator answers calls")
@@ -113,7 +113,7 @@ class SamplingRequest(Request):
 
 
 class ChatRequest(SamplingRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: AtLeastOne | None = Field(None, description="newer name of max_tokens, goes before it")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, *whole(0, MAX_TOP_LOGPROBS)] | None = Field(None, description="with logprobs")
@@ -125,11 +125,11 @@ class ChatRequest(SamplingRequest):
     modalities: Annotated[Any, *_nothing_but(["text"], None)] = None
 
 
-TokenIds = Annotated[list[Annotated[int, *whole(0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, *whole(0)]], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: str | TokenIds | list[str] | list[TokenIds] | None = Field(
+    prompt: str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)] | None = Field(
         None, description="text or token ids, or a list of such; BOS is put in front"
     )
     echo: bool | None = Field(None, description="the prompt's text in front of the answer's")

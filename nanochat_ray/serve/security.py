@@ -23,7 +23,10 @@ MAX_DIGITS = 18  # of a length; Python does not even read numbers of thousands o
 # What a person needs to open the page and give it a key, and what a load balancer asks.
 OPEN_PATHS = frozenset({"/", "/logo.svg", "/healthz"})
 # Marks of a reverse proxy: behind one every peer looks local.
-_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_PROXY_HEADERS = (
+    "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-server",
+    "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via",
+)  # fmt: skip
 _HOST = re.compile(r"(\[(?P<v6>[^]]*)\]|(?P<name>[^:\[\]]*))(:\d+)?", re.ASCII)
 
 

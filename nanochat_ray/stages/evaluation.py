@@ -210,7 +210,9 @@ def free_samples(model: GPT, tokenizer: Tokenizer) -> list[dict[str, str]]:
 def continuations(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], params: SamplingParams
 ) -> list[dict[str, str]]:
-    engine = Engine(model, tokenizer)  # whose context may be shorter than a prompt when the model is a tiny one
+    texts = list(texts)
+    # Its context may be shorter than a prompt when the model is a tiny one.
+    engine = Engine(model, tokenizer, max_rows=len(texts) * params.num_samples)
     prompts = {text: tokenizer.encode(text, prepend=tokenizer.bos_id)[: engine.context] for text in texts}
     found = engine.rollouts(list(prompts.values()), params)
     return [

@@ -10,9 +10,11 @@ import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from nanochat_ray.serve.api import create_app
 from nanochat_ray.serve.backend import EngineFailed, Overloaded
+from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest
 from nanochat_ray.serve.settings import HttpSettings
 from tests.serve.scripted import Scripted, running, served
 
@@ -318,3 +320,19 @@ def test_a_megabyte_of_one_letter_does_not_hold_the_server_up():
         response = client.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
         assert error_of(response, 400)["code"] == "context_length_exceeded"
     assert time.monotonic() - began < 120, "a quadratic encoder would take hours"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [7] * 50_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [7] * 50_000}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "parts": [7] * 50_000}]}),
+        (CompletionRequest, {"prompt": [{}] * 50_000}),
+    ],
+)
+def test_a_long_list_of_rubbish_is_refused_at_its_first_item(kind, body):
+    """Describing every item would hold up all other requests for seconds."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert len(caught.value.errors()) <= 4

@@ -61,6 +61,7 @@ function removeChat(id) {
   const conversation = loadConversation(id);
   stopRun(id);
   deleteConversation(id);
+  conversation?.turns.forEach((turn) => views.delete(turn.id));
   if (id === current.id) startConversation();
   showSidebar();
   if (!conversation) return;
