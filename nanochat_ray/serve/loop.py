@@ -27,6 +27,7 @@ RECENT_S = 60.0  # what Retry-After is estimated from
 RETRY_AFTER_S = (1.0, 60.0)  # its bounds
 UNKNOWN_RETRY_S = 5.0  # before any stream has ended
 ENDED = "the engines' thread has ended"
+MAX_CHUNKS_PER_S = 200
 MAX_SAMPLES = 10_000  # of times between two calls of `take_times`
 
 
@@ -75,8 +76,9 @@ class EngineLoop:
     """A Backend (see backend.py) over one engine per served model; all of them run in one thread.
 
     Requests, cancellations and new weights are applied between two steps. A request's first token is handed over at
-    once; after that all requests get their tokens together, every `stream_interval_s`, since each chunk that leaves
-    the process costs more CPU than its tokens do. The thread sleeps while there is nothing to do.
+    once; after that all requests get their tokens together, every `stream_interval_s` or, with many requests, so
+    seldom that there are MAX_CHUNKS_PER_S: each chunk that leaves the process costs about half a millisecond of CPU,
+    which the engine's thread lacks. The thread sleeps while there is nothing to do.
 
     `max_queue` bounds the streams of a model beyond its engine's rows. An engine whose step raises is not used again:
     its requests get EngineFailed, and `check_health` says so from then on.
@@ -299,7 +301,8 @@ class EngineLoop:
             if request.over or request.posted_s is None:
                 due.append(request)
         self._give_held(due)
-        if now - self._flushed_s >= self._interval_s:
+        n_requests = sum(len(lane.requests) for lane in self._lanes.values())
+        if now - self._flushed_s >= max(self._interval_s, n_requests / MAX_CHUNKS_PER_S):
             self._flush()
 
     def _flush(self) -> None:

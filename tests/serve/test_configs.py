@@ -91,6 +91,25 @@ def test_a_typing_error_would_be_found():
         unknown_anywhere(config)
 
 
+@pytest.mark.parametrize(("gpus", "args", "size"), [
+    (8, {}, 8), (0, {}, 1), (8, {"replicas": 2}, 2), (2, {"max_replicas": 6}, (1, 6)),
+    (2, {"replicas": 2, "max_replicas": 6}, (2, 6)),
+])  # fmt: skip
+def test_the_deployment_follows_from_the_settings(gpus, args, size):
+    from nanochat_ray.serve.app import deployment
+
+    settings = ServeSettings.model_validate(args)
+    made = deployment(settings, gpus)
+    scaling = made._deployment_config.autoscaling_config
+    found = (scaling.min_replicas, scaling.max_replicas) if scaling else made.num_replicas
+    assert found == size
+    assert made.ray_actor_options["num_gpus"] == (1 if gpus else 0)
+    assert made.max_ongoing_requests > settings.max_rows + settings.max_queue
+    assert made._deployment_config.graceful_shutdown_timeout_s > settings.http.request_timeout_s
+    backpressure = made._deployment_config.backpressure_config
+    assert (backpressure.status_code, backpressure.retry_after_s) == (429, 2)
+
+
 def test_keys_do_not_stand_in_a_config(monkeypatch):
     with pytest.raises(ValidationError, match=API_KEYS_VARIABLE) as refused:
         ServeSettings.model_validate({"http": {"api_keys": ["a-key-that-is-secret-1"]}})

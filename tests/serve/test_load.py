@@ -133,6 +133,17 @@ def test_a_replica_killed_in_the_middle(server):
     assert load(server) and rss_mb(survivor) < before_mb + 30
 
 
+def test_a_conversation_stays_with_its_replica(server):
+    replicas(server, 2)
+
+    def replica_of(session: str) -> int:
+        return httpx.get(f"{server.url}/stats", headers={"x-session-id": session}).json()["pid"]
+
+    places = {session: {replica_of(session) for _ in range(6)} for session in (f"conversation-{k}" for k in range(12))}
+    assert all(len(pids) == 1 for pids in places.values())
+    assert len(set().union(*places.values())) == 2
+
+
 def until_chat(url: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     """The first answer of a server that is starting."""
     deadline = time.monotonic() + 120

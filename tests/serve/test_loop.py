@@ -79,6 +79,23 @@ def test_the_first_token_comes_alone_and_the_rest_in_chunks():
     run(test)
 
 
+def test_many_requests_get_larger_chunks():
+    async def test() -> None:
+        clock = Clock()
+        engine = ScriptedEngine(max_rows=40, step_s=0.01, clock=clock)
+        async with loop_over(engine, stream_interval_s=0.02, clock=clock) as loop:
+            engine.gate.clear()
+            readers = [asyncio.create_task(collect(loop, 0, tokens=100)) for _ in range(40)]
+            await asyncio.sleep(0.02)
+            engine.gate.set()
+            for chunks in await asyncio.gather(*readers):
+                sizes = [len(chunk) for chunk in chunks]
+                assert sizes[0] == 1 and sum(sizes) == 100
+                assert min(sizes[2:-1]) >= 19, "40 requests at 200 chunks per second: one every 0.2 s"
+
+    run(test)
+
+
 def test_with_a_slow_engine_every_token_comes_at_once():
     async def test() -> None:
         clock = Clock()
