@@ -60,6 +60,6 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((found.graph.pool() for found in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may load weights
             logits = self._model(step.idx, cache=step)
         return _Graph(graph, step.tensors(), logits)

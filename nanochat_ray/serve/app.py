@@ -40,11 +40,11 @@ def build(args: ServeSettings) -> serve.Application:
     Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
     if a run is not there.
     """
-    cluster = ray.cluster_resources() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1)}
+    cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
         raise ValueError("device cuda: this cluster has no GPU; leave `device` out to take what there is")
-    cpus = args.cpus or (1 if gpus else max(int(cluster.get("CPU", 1)) - 1, 1))
+    cpus = args.cpus or (1 if gpus else _cpus_each(args.max_replicas or args.replicas or 1))
     settings = args.model_copy(
         update={
             "models": settle(args.storage, args.choices),
@@ -53,6 +53,14 @@ def build(args: ServeSettings) -> serve.Application:
         }
     )
     return deployment(settings, gpus).bind(settings, PassedOn.here())
+
+
+def _cpus_each(replicas: int) -> int:
+    """CPUs of each of so many replicas without GPU: a node's share, with one left for HTTP and the rest of Ray."""
+    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in alive]
+    largest = max(nodes, default=os.cpu_count() or 1)
+    return max((largest - 1) // -(-replicas // max(len(nodes), 1)), 1)
 
 
 def deployment(settings: ServeSettings, gpus: int) -> Any:

@@ -25,7 +25,7 @@ class ModelChoice(Settings):
     name: str | None = Field(None, min_length=1, description="a request's `model`; unset: <model_tag>-<source>")
     source: Source = "sft"
     model_tag: str | None = Field(None, description="the run's folder; unset: the largest run, the latest among equals")
-    step: int | None = Field(None, ge=0, description="unset: the newest")
+    step: int | None = Field(None, ge=0, description="unset: the newest when a replica starts")
 
 
 class ServeSettings(Settings):
@@ -52,7 +52,7 @@ class ServeSettings(Settings):
     max_tokens: int = Field(512, ge=1)
     replicas: int | None = Field(None, ge=1, description="unset: one per GPU of the cluster, without GPU one")
     max_replicas: int | None = Field(None, ge=1, description="more than `replicas`: Serve adds some when there is work")
-    cpus: int | None = Field(None, ge=1, description="of a replica, also its threads; unset: all but one, on a GPU one")
+    cpus: int | None = Field(None, ge=1, description="of a replica, and its threads; unset: its share of a node, on a GPU 1")
     stream_interval_s: float = Field(0.04, ge=0, description="at least, between chunks of a stream; the first at once")
     stuck_s: float = Field(120.0, gt=0, description="a step that takes longer makes a replica be replaced")
     http: HttpSettings = HttpSettings()
@@ -101,7 +101,7 @@ class ServeSettings(Settings):
 
 
 def settle(storage: str | None, choices: tuple[ModelChoice, ...]) -> tuple[ModelChoice, ...]:
-    """The same choices with the run and the name filled in, so that every replica serves the same. Needs no torch.
+    """The same choices with the run and the name filled in, so that every replica serves the same run. Needs no torch.
 
     FileNotFoundError that names the command to run if there is no such run or the run has no such model yet,
     ValueError for a name used twice.
@@ -132,7 +132,7 @@ class UserConfig(Settings):
     """What a running server takes over without a restart: Serve's `user_config` of the deployment."""
 
     weights: Literal["latest"] | int | dict[str, Literal["latest"] | int] | None = Field(
-        None, description="step, or latest, of all models or by name; unset: as they were loaded"
+        None, description="step, or latest, of all models or by name; unset: nothing changes"
     )
     revision: int | str = Field(0, description="another value has `latest` looked up anew")
 

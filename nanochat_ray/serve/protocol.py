@@ -70,10 +70,14 @@ class Question(Request):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
+# Lists are refused at their first bad item: to describe a hundred thousand of them would hold up everybody for seconds.
+Parts = Annotated[list[Part], Field(fail_fast=True)]
+
+
 class Answer(Request):
     role: Literal["assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    parts: Annotated[list[Part], Field(fail_fast=True)] | None = Field(None, description="extension: stands for content, with its tool calls")
+    content: str | Parts | None = None
+    parts: Parts | None = Field(None, description="extension: stands for content, with its tool calls")
 
 
 Message = Annotated[Question | Answer, Field(discriminator="role")]
@@ -126,10 +130,12 @@ class ChatRequest(SamplingRequest):
 
 
 TokenIds = Annotated[list[Annotated[int, *whole(0)]], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)] | None = Field(
+    prompt: str | TokenIds | Texts | ManyTokenIds | None = Field(
         None, description="text or token ids, or a list of such; BOS is put in front"
     )
     echo: bool | None = Field(None, description="the prompt's text in front of the answer's")

@@ -110,7 +110,7 @@ def test_sampling_parameters_reach_the_engine(client, backend):
         extra_body={"top_k": 7, "use_tools": False},
     )  # fmt: skip
     asked = backend.asked[0][2]
-    assert asked == SamplingParams(0, 7, 0.5, max_tokens=9, seed=-3, use_tools=False, stop=("x", "yy"))
+    assert asked == SamplingParams(0, top_k=7, top_p=0.5, max_tokens=9, seed=-3, use_tools=False, stop=("x", "yy"))
     client.chat.completions.create(model="tiny-sft", messages=HI, stop="z", max_completion_tokens=5, max_tokens=9)
     assert backend.asked[1][2].stop == ("z",) and backend.asked[1][2].max_tokens == 5
 
