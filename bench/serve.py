@@ -35,7 +35,7 @@ SHAPES = {
     "d12": ModelConfig(sequence_len=2048, vocab_size=32768, n_layer=12, n_head=6, n_kv_head=6, n_embd=768),
     "d24": ModelConfig(sequence_len=2048, vocab_size=32768, n_layer=24, n_head=12, n_kv_head=12, n_embd=1536),
 }
-STREAMS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 128
+STREAMS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 256
 PORT = 8765
 REPEATS = 5
 FIRST_TOKENS = 40  # requests of each kind in `first`
@@ -52,16 +52,23 @@ def prompts(n: int, length: int, seed: int) -> list[list[int]]:
 
 
 def build_engine(shape: str, dtype: str, device: str = "cpu", max_rows: int = STREAMS) -> Any:
+    from nanochat_ray.engine.engine import Engine
+
+    return Engine(random_model(shape, dtype, device), tokenizer_of(SHAPES[shape].vocab_size), max_rows)
+
+
+def random_model(shape: str, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Its answers do not end: special tokens have a logit of 0, which is far from the 50 largest."""
     import torch
 
-    from nanochat_ray.engine.engine import Engine
     from nanochat_ray.model.gpt import GPT
+    from nanochat_ray.text.tokenizer import SPECIAL_TOKENS
 
     config = SHAPES[shape]
     model = GPT.build(config, device=device, compute_dtype=getattr(torch, dtype))
-    engine = Engine(model, tokenizer_of(config.vocab_size), max_rows)
-    engine.terminals = frozenset()
-    return engine
+    with torch.no_grad():
+        model.lm_head.weight[config.vocab_size - len(SPECIAL_TOKENS) :] = 0
+    return model
 
 
 def tokenizer_of(vocab_size: int) -> Any:
@@ -172,7 +179,6 @@ def bench_prefix(dtype: str) -> dict[str, Any]:
 def make_run(storage: Path, shape: str) -> None:
     """A run folder as training leaves it, with random weights."""
     from nanochat_ray.model.checkpoint import model_tensors, save_checkpoint
-    from nanochat_ray.model.gpt import GPT
     from nanochat_ray.run_dir import CONFIG_FILE, RunDir, write_json
 
     config = SHAPES[shape]
@@ -184,7 +190,7 @@ def make_run(storage: Path, shape: str) -> None:
         run.stage("pretrain").mkdir()
         write_json(run.stage("pretrain") / CONFIG_FILE, {"settings": {}})
         meta = {"model_config": config.model_dump(mode="json"), "val_bpb": 1.0}
-        save_checkpoint(run.checkpoints("pretrain"), 1, model_tensors(GPT.build(config)), None, meta)
+        save_checkpoint(run.checkpoints("pretrain"), 1, model_tensors(random_model(shape)), None, meta)
         run.finish_stage("pretrain")
 
 
@@ -226,8 +232,8 @@ async def client(kind: str, seed: int) -> dict[str, Any]:
         firsts: dict[str, list[float]] = {"noop": [], "token": []}
         for number in range(FIRST_TOKENS + 5):
             [prompt] = prompts(1, PROMPT_TOKENS, 10_000 + number)
-            firsts["noop"].append((await stream(session, noop, {}))[0])
-            firsts["token"].append((await stream(session, completions, body_of(prompt, 1)))[0])
+            for name, url in (("noop", noop), ("token", completions)):
+                firsts[name].append((await stream(session, url, body_of(prompt, 1)))[0])
         return {name: values[5:] for name, values in firsts.items()}
 
 
@@ -248,13 +254,14 @@ def served(storage: Path, threads: int, dtype: str) -> Iterator[None]:
 
     noop_app = FastAPI()
 
-    @noop_app.post("/")
-    async def nothing() -> StreamingResponse:
+    async def nothing(request: Any) -> StreamingResponse:
         async def events() -> Any:
             yield "data: {}\n\n"
 
+        await request.json()
         return StreamingResponse(events(), media_type="text/event-stream")
 
+    noop_app.add_route("/", nothing, methods=["POST"])
     noop: Any = serve.deployment(serve.ingress(noop_app)(type("Noop", (), {})))
     ray.init(address="local", num_cpus=threads + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:

@@ -30,6 +30,8 @@ WARM_UP_TOKENS = 4
 # Serve would run this class in an event loop and a thread of its own; nothing in it takes long, and with one thread
 # less between the engines' and the network a chunk costs about a third less.
 ONE_LOOP_ENV = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+# Most chunks of all streams together: on a CPU the engine needs the time that they take.
+CHUNKS_PER_S = {"cpu": 200.0, "mps": 1000.0, "cuda": 1000.0}
 REFUSED = "refused_updates"  # in /stats: why weights of the last user_config were not taken
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
@@ -163,7 +165,8 @@ class ChatServer:
         self._accepts_requests = False
         self._updates: set[asyncio.Task[None]] = set()
         self._one_update = asyncio.Lock()
-        self.loop = EngineLoop(engines, settings.max_queue, settings.stream_interval_s, settings.stuck_s)
+        s, most = settings, CHUNKS_PER_S[device]
+        self.loop = EngineLoop(engines, s.max_queue, s.stream_interval_s, s.stuck_s, most)
         self.loop.notes |= {"device": device, "pid": os.getpid()}
         self._metrics = Every(METRICS_INTERVAL_S, ServeMetrics(self.loop).export, "serve-metrics")
         logger.info("ready after %.1f s", time.monotonic() - begun)

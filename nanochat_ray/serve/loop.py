@@ -27,7 +27,6 @@ RECENT_S = 60.0  # what Retry-After is estimated from
 RETRY_AFTER_S = (1.0, 60.0)  # its bounds
 UNKNOWN_RETRY_S = 5.0  # before any stream has ended
 ENDED = "the engines' thread has ended"
-MAX_CHUNKS_PER_S = 200
 MAX_SAMPLES = 10_000  # of times between two calls of `take_times`
 
 
@@ -77,7 +76,7 @@ class EngineLoop:
 
     Requests, cancellations and new weights are applied between two steps. A request's first token is handed over at
     once; after that all requests get their tokens together, every `stream_interval_s` or, with many requests, so
-    seldom that there are MAX_CHUNKS_PER_S: each chunk that leaves the process costs about half a millisecond of CPU,
+    seldom that there are `max_chunks_per_s`: each chunk that leaves the process costs about half a millisecond of CPU,
     which the engine's thread lacks. The thread sleeps while there is nothing to do.
 
     `max_queue` bounds the streams of a model beyond its engine's rows. An engine whose step raises is not used again:
@@ -86,7 +85,8 @@ class EngineLoop:
 
     def __init__(
         self, engines: Sequence[tuple[ServedModel, Engine]], max_queue: int = 128, stream_interval_s: float = 0.04,
-        stuck_s: float = 60.0, clock: Callable[[], float] = time.monotonic,
+        stuck_s: float = 60.0, max_chunks_per_s: float = 200.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         if not engines:
             raise ValueError("no models: an engine loop needs at least one")
@@ -94,6 +94,7 @@ class EngineLoop:
         if len(self._lanes) < len(engines):
             raise ValueError(f"models {[served.name for served, _ in engines]}: every name may be there once")
         self.notes: dict[str, Any] = {}  # what `stats` says besides; JSON types only
+        self._max_chunks_per_s = max_chunks_per_s
         self._max_queue, self._interval_s, self._stuck_s, self._clock = max_queue, stream_interval_s, stuck_s, clock
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -302,7 +303,7 @@ class EngineLoop:
                 due.append(request)
         self._give_held(due)
         n_requests = sum(len(lane.requests) for lane in self._lanes.values())
-        if now - self._flushed_s >= max(self._interval_s, n_requests / MAX_CHUNKS_PER_S):
+        if now - self._flushed_s >= max(self._interval_s, n_requests / self._max_chunks_per_s):
             self._flush()
 
     def _flush(self) -> None:
