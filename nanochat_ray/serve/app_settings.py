@@ -52,7 +52,7 @@ class ServeSettings(Settings):
     max_tokens: int = Field(512, ge=1)
     replicas: int | None = Field(None, ge=1, description="unset: one per GPU of the cluster, without GPU one")
     max_replicas: int | None = Field(None, ge=1, description="more than `replicas`: Serve adds some when there is work")
-    cpus: int | None = Field(None, ge=1, description="and threads, of a replica; unset: its share of a node, on a GPU 1")
+    cpus: int | None = Field(None, ge=1, description="and threads, of a replica; unset: share of a node, on a GPU 1")
     stream_interval_s: float = Field(0.04, ge=0, description="at least, between chunks of a stream; the first at once")
     stuck_s: float = Field(120.0, gt=0, description="a step that takes longer makes a replica be replaced")
     http: HttpSettings = HttpSettings()
