@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jobs, and all they start, ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 JOBS = Path(__file__).parent.parent / "jobs"
 sys.path.insert(0, str(JOBS))
