@@ -7,7 +7,7 @@ const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+([^]*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?([^]*)$/;
-const ITEM = /^( {0,8})([-*+]|\d{1,9}[.)])(?: +|$)([^]*)$/;
+const ITEM = /^( {0,8})([-*+]|\d{1,9}[.)]) +([^]*)$/;
 const TABLE_RULE = /^[ |:-]+$/;
 
 /** Show `text` in `root`. Blocks that are as they were keep their nodes, so that an answer can grow cheaply. */
