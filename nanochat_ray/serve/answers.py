@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
 
-class Answers:
+class Answers(ABC):
     """What chats and completions share: samples, identity, usage, beginning and end of a stream."""
 
     prefix: str  # of the answer's id
@@ -150,6 +151,6 @@ class Answers:
         choices = [self.choice(index, sample) for index, sample in enumerate(self.samples)]
         return {**self._named(self.kind), "choices": choices, "usage": self.usage()}
 
+    @abstractmethod
     def choice(self, index: int, sample: Sample) -> dict[str, Any]:
         """Of a whole answer."""
-        raise NotImplementedError
