@@ -328,7 +328,8 @@ def bench_cold(dtype: str) -> dict[str, Any]:
         env = {**os.environ, "RAY_AUTH_MODE": "disabled", "NANOCHAT_BASE_DIR": folder}
         begun = time.perf_counter()
         with open(Path(folder) / "log", "w") as log:
-            server = subprocess.Popen([Path(sys.executable).with_name("serve"), "run", mine], env=env, stdout=log, stderr=log)
+            serve = Path(sys.executable).with_name("serve")
+            server = subprocess.Popen([serve, "run", mine], env=env, stdout=log, stderr=log)
         request = urllib.request.Request(
             f"http://127.0.0.1:{PORT}/v1/completions",
             json.dumps({"prompt": "a", "max_tokens": 1}).encode(), {"Content-Type": "application/json"},
