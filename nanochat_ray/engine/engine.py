@@ -172,7 +172,7 @@ class Engine:
         for stream, n in planned:
             assert stream.row is not None
             parts.append((stream.row, stream.tokens[stream.row.n : stream.row.n + n]))
-        decoding = all(n == 1 and row.n for (row, _), (_, n) in zip(parts, planned, strict=True))
+        decoding = all(stream.pending == 1 and row.n for (row, _), (stream, _) in zip(parts, planned, strict=True))
         step = scheduler.cache.step(parts, padded=decoding and weights.graphs is not None)
         ordered = [planned[k] for k in step.order]
         ready = [place for place, (stream, n) in enumerate(ordered) if stream.pending == n]

@@ -238,3 +238,24 @@ def test_bf16_and_fp32_run() -> None:
         model = GPT.build(MODELS["SL"].config, compute_dtype=dtype)
         [rollouts, _] = Engine(model, TOKENIZER).rollouts([random_prompt(9, 0), [1]], HOT)
         assert all(0 <= token < 265 for rollout in rollouts for token in rollout.token_ids)
+
+
+class Ungraphed:
+    """What CUDA graphs replay, run as it is."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.n_steps = model, 0
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        self.n_steps += 1
+        return self.model(step.idx, cache=step)[0, : len(step.parts)]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 64])
+def test_the_steps_that_a_gpu_records_give_the_same_tokens(chunk_tokens: int) -> None:
+    engine = Engine(MODELS["SL"], TOKENIZER, max_rows=3, chunk_tokens=chunk_tokens)
+    engine._weights[0].graphs = graphs = Ungraphed(engine.model)  # type: ignore[assignment]
+    prompts = [random_prompt(length, length) for length in (2, 1, 130, 9, 140)]
+    found = streams(engine, prompts, dataclasses.replace(GREEDY, use_tools=False))
+    assert found == {(k, 0): naive_until_end(engine, prompt, 12) for k, prompt in enumerate(prompts)}
+    assert graphs.n_steps > 10
