@@ -17,6 +17,7 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
+from nanochat_ray.serve import app
 from nanochat_ray.serve.app_settings import API_KEYS_VARIABLE, ServeSettings, UserConfig
 
 FOLDER = Path(__file__).parent.parent.parent / "serve_configs"
@@ -131,3 +132,15 @@ def test_keys_do_not_stand_in_a_config(monkeypatch):
 def test_settings_without_meaning_are_refused(args, said):
     with pytest.raises(ValidationError, match=said):
         ServeSettings.model_validate(args)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "each"),
+    [([8], 1, 7), ([8], 2, 3), ([8], 4, 1), ([2], 1, 1), ([1], 3, 1), ([8, 8], 1, 7), ([8, 8], 2, 7), ([8, 8], 3, 3)],
+)
+def test_replicas_without_gpus_fit_on_the_nodes(monkeypatch, nodes, replicas, each):
+    """A replica lies on one node, where another process needs a CPU too."""
+    alive = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in nodes]
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(app.ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    assert app._cpus_each(replicas) == each
