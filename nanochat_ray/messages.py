@@ -164,3 +164,71 @@ class Rollout:
     finish_reason: FinishReason
     terminal_token: int | None = None  # the id that stopped it; None if it ran out of length or met a stop text
     logprobs: Sequence[float] | None = None  # of token_ids, if they were asked for
+    terminal_logprob: float | None = None  # of terminal_token
+
+
+# --- reinforcement learning ------------------------------------------------------------------------------------------
+
+RolloutSplit = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class RolloutPrompt:
+    """A task's prompt, ready to be completed."""
+
+    id: str  # its name in logs
+    index: int  # in its split of the task
+    token_ids: tuple[int, ...]
+    seed: int  # of its samples
+
+
+@dataclass(frozen=True)
+class RolloutUnit:
+    """The unit of work: prompts that one engine completes at a time. What comes out depends on nothing else."""
+
+    split: RolloutSplit  # "val" is for evaluation
+    step: int  # the optimizer step that learns from it, or before which it is an evaluation
+    number: int  # among the units of the step and split
+    version: int  # of the weights to sample with: the optimizer steps they have behind them
+    prompts: tuple[RolloutPrompt, ...]
+    params: SamplingParams  # of all prompts, but for the seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.split} step {self.step} unit {self.number}"
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """One completion with its reward."""
+
+    sample: int  # in its group
+    token_ids: tuple[int, ...]  # the terminal token included, where there is one
+    mask: tuple[int, ...]  # 1 where the token was sampled, 0 where a tool forced it
+    logprobs: tuple[float, ...]  # of each token under the weights that sampled it, at temperature 1, whole vocabulary
+    finish_reason: FinishReason
+    text: str
+    tool_calls: tuple[tuple[str, str], ...]  # what was asked of a tool, and what it gave
+    reward: float | None  # None: it could not be had, which is nobody's mistake but the machine's
+    failure: str | None = None  # why there is no reward
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prompt, all by one version of the weights."""
+
+    prompt: RolloutPrompt
+    version: int
+    rollouts: tuple[ScoredRollout, ...]
+    set_aside: str | None = None  # why the prompt has no rollouts: it failed too often
+
+
+@dataclass(frozen=True)
+class FinishedUnit:
+    """A unit with its groups, in the order of its prompts."""
+
+    unit: RolloutUnit
+    groups: tuple[RolloutGroup, ...]
+    generate_s: float = 0.0
+    score_s: float = 0.0
+    by: str = ""  # which process sampled it

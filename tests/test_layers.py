@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nanochat_ray"
 BOTTOM = {"config", "messages", "remote", "run_dir"}
 GROUND = BOTTOM | {"model", "text", "corpus"}
-TOOLS = GROUND | {"engine"}
+TOOLS = GROUND | {"engine", "sandbox"}
 MEASURES = TOOLS | {"tasks", "metrics", "report"}
-RAY_ROOMS = {"data", "train", "evals", "observe", "serve"}
+RAY_ROOMS = {"data", "train", "rollout", "evals", "observe", "serve"}
 # every file and folder of the package: what it may import of the others
 ALLOWED = {
     "__init__": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "text": BOTTOM,
     "corpus": BOTTOM | {"text"},
     "engine": GROUND,
+    "sandbox": BOTTOM,
     "tasks": TOOLS,
     "metrics": TOOLS | {"tasks"},
     "report": BOTTOM,
@@ -35,7 +36,8 @@ ALLOWED = {
     "data": MEASURES | {"stages"},
     "evals": MEASURES | {"stages"},
     "observe": BOTTOM | {"report"},
-    "train": MEASURES | {"stages", "data", "observe"},
+    "rollout": MEASURES | {"stages"},
+    "train": MEASURES | {"stages", "data", "rollout", "observe"},
     "serve": TOOLS,
 }
 FORBIDDEN_IN_PLAIN = {"ray", "wandb", "fastapi", "uvicorn", "starlette", "click", "typer"}

@@ -10,12 +10,13 @@ import psutil
 import torch
 
 from nanochat_ray.engine.blocks import Node
+from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kv_cache import KVCache, kinds_of, page_bytes, pages_needed
 from nanochat_ray.engine.sampler import RowSampler, check_sampling, sample_rows
 from nanochat_ray.engine.scheduler import Scheduler, Stream
 from nanochat_ray.engine.stream_text import StreamText
-from nanochat_ray.engine.tool_use import ToolState
+from nanochat_ray.engine.tool_use import Tool, ToolState
 from nanochat_ray.messages import Rollout, SamplingParams, TokenEvent
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -59,14 +60,18 @@ class Engine:
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_rows: int = 64, *, block_size: int = 16, chunk_tokens: int = 256,
-        kv_bytes: int | None = None, prefix_cache: bool = True,
+        kv_bytes: int | None = None, prefix_cache: bool = True, tools: Sequence[Tool] = (calculate,),
     ) -> None:  # fmt: skip
-        """`kv_bytes` is the memory of the cache; unset, what `max_rows` whole contexts need, within the free memory."""
+        """`kv_bytes` is the memory of the cache; unset, what `max_rows` whole contexts need, within the free memory.
+
+        `tools` are asked in turn for the output of a python block, see `ToolState`.
+        """
         if min(max_rows, block_size, chunk_tokens) < 1:
             raise ValueError(
                 f"max_rows {max_rows}, block_size {block_size} and chunk_tokens {chunk_tokens} must be at least 1"
             )
         self.tokenizer, self.max_rows, self.chunk_tokens = tokenizer, max_rows, chunk_tokens
+        self.tools = tuple(tools)
         self.terminals = frozenset({tokenizer.encode_special("<|assistant_end|>"), tokenizer.bos_id})
         self.version = 0
         self._weights = {0: _Weights(model)}  # by version
@@ -136,7 +141,7 @@ class Engine:
                 # The last token of a stream is never read, so a prompt that fills the context still gets one.
                 max_len=min(len(prompt) + params.max_tokens, self.context + 1),
                 sampler=RowSampler(params, sample),
-                tools=ToolState(self.tokenizer) if params.use_tools else None,
+                tools=ToolState(self.tokenizer, self.tools) if params.use_tools else None,
                 text=StreamText(self.tokenizer, params.stop) if params.stop else None,
             )
             for sample in range(params.num_samples)
@@ -297,6 +302,7 @@ class Engine:
             finish_reason=reason,
             terminal_token=terminal,
             logprobs=None if params.logprobs is None else [event.logprob or 0.0 for event in kept],
+            terminal_logprob=None if terminal is None else events[-1].logprob,
         )
 
 

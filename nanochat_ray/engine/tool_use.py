@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.text.tokenizer import Tokenizer
 
+Tool = Callable[[str], str | None]  # from the text of a python block to its output; None: not for this tool
 
 class ToolState:
-    """Follows the sampled tokens of one stream. Forced tokens are not shown to it, so they never open a block."""
+    """Follows the sampled tokens of one stream. Forced tokens are not shown to it, so they never open a block.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Of several tools the first one that gives an output counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[Tool] = (calculate,)) -> None:
+        self._tokenizer, self._tools = tokenizer, tools
         self._start = tokenizer.encode_special("<|python_start|>")
         self._end = tokenizer.encode_special("<|python_end|>")
         self._expression: list[int] | None = None  # None: not in a block
@@ -24,8 +30,9 @@ class ToolState:
         if token == self._start:
             self._expression = []
         elif self._expression is not None and token == self._end:
-            result = calculate(self._tokenizer.decode(self._expression))
+            asked = self._tokenizer.decode(self._expression)
             self._expression = None
+            result = next((found for tool in self._tools if (found := tool(asked)) is not None), None)
             if result is not None:
                 before, after = (self._tokenizer.encode_special(f"<|output_{edge}|>") for edge in ("start", "end"))
                 return [before, *self._tokenizer.encode(result), after]

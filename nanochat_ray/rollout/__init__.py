@@ -1,0 +1,1 @@
+"""Ray actors that sample and score rollouts."""

@@ -1,0 +1,1 @@
+"""Running Python that nobody has read: what it does stays inside."""
