@@ -88,13 +88,14 @@ class Job:
     device: str
     threads: int  # torch threads of one training worker on this machine
     resources: contextlib.ExitStack  # closed when the job ends
+    beside: int = 1  # Ray actors beside training workers and packing that a private cluster must have room for
     stop: threading.Event = field(default_factory=threading.Event)
     _has_ray: bool = False
 
     def use_ray(self) -> bool:
         """Whether stages run on Ray; the cluster is joined or started when the first stage asks."""
         if self.settings.ray and not self._has_ray:
-            self.resources.enter_context(ray_cluster(self.settings.worker_range[1]))
+            self.resources.enter_context(ray_cluster(self.settings.worker_range[1], self.beside))
             self._has_ray = True
         return self.settings.ray
 
@@ -210,7 +211,7 @@ def find_machine(on_ray: bool = True) -> Machine:
 
 
 @contextlib.contextmanager
-def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
+def open_job(settings: RunSettings, model_tag: str, beside: int = 1) -> Iterator[Job]:
     """Take the run's lease; it and the Ray cluster, if a stage wanted one, are given back at the end."""
     from nanochat_ray.model.precision import pick_device
 
@@ -221,11 +222,11 @@ def open_job(settings: RunSettings, model_tag: str) -> Iterator[Job]:
         device = pick_device(settings.device_type)
     with run_dir.open() as lease, contextlib.ExitStack() as stack:
         threads = max(1, available_cpus() // settings.worker_range[1])
-        yield Job(settings, run_dir, lease, device, threads, stack)
+        yield Job(settings, run_dir, lease, device, threads, stack, beside)
 
 
 @contextlib.contextmanager
-def ray_cluster(workers: int) -> Iterator[None]:
+def ray_cluster(workers: int, beside: int = 1) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS (or the submitted job) names; without one start a private local cluster.
 
     A cluster that merely runs on this machine is somebody else's and is never joined.
@@ -238,7 +239,7 @@ def ray_cluster(workers: int) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone; nothing is left in ~/.ray
         import ray
 
-        cpus = max(available_cpus(), 2 * workers + 1)  # each worker, packing for it, and one for evaluation
+        cpus = max(available_cpus(), 2 * workers + beside)  # each worker, packing for it, and what samples or scores
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)
         logger.info("Ray: private local cluster with %d logical CPUs", cpus)

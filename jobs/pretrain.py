@@ -18,7 +18,7 @@ logger = logging.getLogger("nanochat_ray")
 
 
 def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
-    from _train import other_optimizer, train
+    from _train import Feed, other_optimizer, train
 
     from nanochat_ray.stages.pretrain import PretrainJob
     from nanochat_ray.stages.rows import CorpusRows
@@ -51,7 +51,7 @@ def run(job: Job, settings: PretrainSettings, manifest: DataManifest) -> None:
         rows = CorpusRows(
             manifest, tokenizer_folder, settings.max_seq_len, settings.seed, packing=settings.packing
         )
-        result = train(job, stage, rows, plan.rows_per_step, plan.num_iterations)
+        result = train(job, stage, Feed(rows, plan.rows_per_step), plan.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= {"data": manifest.hash, "tokenizer": tokenizer.hash}
 

@@ -22,7 +22,7 @@ logger = logging.getLogger("nanochat_ray")
 
 def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
     """`world_folder` is the embedded corpus if the run's data is that, else None."""
-    from _train import other_optimizer, train
+    from _train import Feed, other_optimizer, train
 
     from nanochat_ray.model.checkpoint import resolve_checkpoint
     from nanochat_ray.stages.evaluation import ChatTasks
@@ -76,7 +76,9 @@ def run(job: Job, settings: SFTSettings, world_folder: Path | None) -> None:
             resolved, job.run_dir.stage("sft"), tokenizer_folder, base_checkpoints, val_rows, job.settings.dtype,
             chat_tasks, job.settings.parallel,
         )
-        result = train(job, stage, rows, resolved.total_batch_size // resolved.max_seq_len, resolved.num_iterations)
+        result = train(
+            job, stage, Feed(rows, resolved.total_batch_size // resolved.max_seq_len), resolved.num_iterations
+        )
         notes.metrics |= result["metrics"]
         notes.hashes |= {"tokenizer": tokenizer.hash, "base_model": base.model_hash}
 

@@ -18,6 +18,7 @@ from nanochat_ray.config import (
     BaseEvalSettings,
     ChatEvalSettings,
     PretrainSettings,
+    RLSettings,
     RunSettings,
     SFTSettings,
     SpeedrunSettings,
@@ -34,6 +35,7 @@ SECTIONS = [
     Section("base_eval", BaseEvalSettings(), "base_eval"),
     Section("sft", SFTSettings(), "sft"),
     Section("chat_eval", ChatEvalSettings(), "chat_eval"),
+    Section("rl", RLSettings(), "rl"),
 ]
 
 
@@ -57,6 +59,7 @@ def speedrun(settings: SpeedrunSettings) -> None:
     import chat_eval
     import pretrain
     import report
+    import rl
     import sft
     import tok_eval
     import tok_train
@@ -78,6 +81,8 @@ def speedrun(settings: SpeedrunSettings) -> None:
         base_eval.run(job, settings.base_eval, manifest)
         sft.run(job, settings.sft, world)
         chat_eval.run(job, settings.chat_eval, world)
+        rl.run(job, settings.rl, world)
+        chat_eval.run(job, settings.chat_eval.model_copy(update={"source": "rl"}), world)
         path = report.run(job)
         print(f"report: {path}")
         print(f"chat with it: {chat_command(settings.run, job.run_dir.root)}")

@@ -217,6 +217,63 @@ class ResolvedSFTSettings(SFTSettings):
     matrix_lr: float
 
 
+class RLSettings(Settings):
+    """Reinforcement learning; nanochat's chat_rl. The defaults sample from the policy as it is trained."""
+
+    task: str | None = Field(None, description="a file with prompts, a reward and tools; unset: GSM8K, or the world's")
+    prompts: str | None = Field(None, description="JSON lines of GSM8K's form to train on, instead of GSM8K's own")
+    eval_prompts: str | None = Field(None, description="the same to evaluate on; unset: a part of --prompts kept apart")
+    model_step: int | None = Field(None, ge=0, description="SFT checkpoint to start from; unset: the last")
+    num_epochs: int = Field(1, ge=1, description="passes over the prompts when num_iterations is unset")
+    num_iterations: int | None = Field(None, gt=0, description="optimizer steps; unset: whole epochs")
+    examples_per_step: int = Field(16, ge=1, description="prompts per optimizer step")
+    num_samples: int = Field(16, ge=2, description="completions of each prompt: a group")
+    prompts_per_unit: int = Field(4, ge=1, description="prompts that one engine completes together, as one unit of work")
+    max_new_tokens: int = Field(256, ge=1, description="of a completion")
+    temperature: float = Field(1.0, gt=0, description="of sampling; training takes the policy at temperature 1")
+    top_k: int | None = Field(None, ge=0, description="of sampling; unset or 0: the whole vocabulary")
+    async_steps: int = Field(
+        0, ge=0, description="sample this many steps ahead, with weights as many steps old; 0: on policy"
+    )
+    ratio_cap: float = Field(2.0, gt=0, description="with async_steps: upper bound of the importance ratio of a token")
+    ppo_clip: float | None = Field(None, gt=0, lt=1, description="PPO's clipped objective with this width; unset: none")
+    zscore: bool = Field(False, description="divide advantages by the standard deviation of their group")
+    device_batch_size: int = Field(8, ge=1, description="rows per rank and micro-step", json_schema_extra=RUN_ONLY)
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    weight_decay: float = Field(0.0, ge=0, description="of the Muon matrices")
+    init_lr_frac: float = Field(0.05, gt=0, description="of the learning rates at the first step; they fall to 0")
+    load_optimizer: bool = Field(False, description="start from the SFT optimizer's moments")
+    seed: int = Field(42, description="of the order of prompts and of sampling")
+    eval_every: int | None = Field(60, gt=0, description="steps between evaluations, besides the first and the last")
+    eval_examples: int = Field(400, ge=1, description="prompts of an evaluation")
+    eval_samples: int = Field(8, ge=1, description="completions of each: pass@1 to pass@this")
+    save_every: int | None = Field(
+        60, gt=0, description="steps between checkpoints; unset: every 10 minutes", json_schema_extra=RUN_ONLY
+    )
+    max_rows: int = Field(128, ge=1, description="completions that an engine decodes at a time")
+    rollout_threads: int = Field(1, ge=1, description="CPU threads of an engine")
+    rollout_workers: int | None = Field(
+        None, ge=0, json_schema_extra=RUN_ONLY,
+        description="Ray actors that sample; 0: the training workers do, in turns; unset: by hardware",
+    )
+    replay: str | None = Field(
+        None, description="folder of a rollout log to train on instead of sampling", json_schema_extra=RUN_ONLY
+    )
+
+    @model_validator(mode="after")
+    def _checks(self) -> RLSettings:
+        if self.task and self.prompts:
+            raise ValueError("task and prompts: a task's file has its own prompts; give one of the two")
+        if self.rollout_workers == 0 and self.async_steps:
+            raise ValueError(
+                f"async_steps {self.async_steps} with rollout_workers 0: training workers that sample themselves take "
+                "turns, so nothing runs ahead; give async_steps 0 or at least one rollout worker"
+            )
+        return self
+
+
 class ChatEvalSettings(Settings):
     """Evaluation of a chat model; nanochat's chat_eval."""
 
@@ -349,3 +406,4 @@ class SpeedrunSettings(Settings):
     base_eval: BaseEvalSettings = BaseEvalSettings()
     sft: SFTSettings = SFTSettings()
     chat_eval: ChatEvalSettings = ChatEvalSettings()
+    rl: RLSettings = RLSettings()

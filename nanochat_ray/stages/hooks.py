@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +81,10 @@ class Hooks(Protocol):
         """This rank lives, though it may be long until its next step. For all ranks."""
         ...
 
+    def guard(self) -> AbstractContextManager[None]:
+        """The right to write into the stage's folder, while this is open; StaleWriterError without it."""
+        ...
+
 
 class FolderHooks:
     """Hooks that write into the stage's folder: metrics (and wandb), and checkpoints guarded by the run's lease.
@@ -123,7 +127,7 @@ class FolderHooks:
 
     def note_bpb(self, step: int, val_bpb: float | None) -> None:
         if val_bpb is not None and self.world.rank == 0:
-            self._hand_over(note_evaluation, self.folder / CHECKPOINTS, step, val_bpb, self._guard)
+            self._hand_over(note_evaluation, self.folder / CHECKPOINTS, step, val_bpb, self.guard)
 
     def stop_requested(self) -> bool:
         self.check()
@@ -167,12 +171,15 @@ class FolderHooks:
     def _write(self, step: int, state: TrainingState) -> None:
         save_checkpoint(
             self.folder / CHECKPOINTS, step, state.model, state.optimizer, state.meta, self.keep_last,
-            self._guard,
+            self.guard,
         )
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """The right to commit. While the store does not say who has it, the lock is not held between two tries."""
+    def guard(self) -> Iterator[None]:
+        """The right to write, while this is open; StaleWriterError if another job has it.
+
+        While the store does not say who has it, the lock is not held between two tries.
+        """
         with ExitStack() as held:
             for wait_s in (*COMMIT_WAITS_S, None):
                 try:

@@ -25,7 +25,7 @@ from nanochat_ray.messages import World
 from nanochat_ray.model.checkpoint import load_weights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import MuonAdamW, Rates, build_optimizer
-from nanochat_ray.stages.strategy import Strategy
+from nanochat_ray.stages.strategy import Objective, Strategy, summed_loss
 
 STRATEGIES = ("sharded", "ddp", "zero1", "zero2", "zero3")
 INSTALL_DEEPSPEED = "pip install -e '.[deepspeed]'"
@@ -102,8 +102,10 @@ class Replicated(Strategy):
         super().__init__(model, world)
         self.scaler = LossScaler() if dtype == torch.float16 else None
 
-    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
-        loss = self.forward(inputs, targets, reduction="sum")
+    def backward(
+        self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None
+    ) -> Tensor:
+        loss = summed_loss(self.forward, inputs, targets, objective)
         (loss * (weight * (self.scaler.scale if self.scaler else 1))).backward()
         return loss.detach()
 
@@ -171,6 +173,8 @@ class DDP(Replicated):
     def micro_steps(self, n_own: int) -> int:
         return max(1, n_own)  # every rank takes part in the reduction of its last backward pass
 
-    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+    def backward(
+        self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None
+    ) -> Tensor:
         with nullcontext() if last or self.wrapped is None else self.wrapped.no_sync():
-            return super().backward(inputs, targets, weight, last)
+            return super().backward(inputs, targets, weight, last, objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -144,9 +144,10 @@ class OwnRollouts:
     """Rollouts in the training ranks themselves, each doing its share between two updates: sampling and training
     take turns on a device, and the cache's memory is given back in between."""
 
-    def __init__(self, spec: RolloutSpec, world: World) -> None:
+    def __init__(self, spec: RolloutSpec, world: World, beat: Callable[[], None] = lambda: None) -> None:
         self.world = world
         self.sampler = UnitSampler(spec)
+        self.sampler.model.register_forward_hook(lambda *_: beat())
         self.scorer = UnitScorer(spec.task, spec.tokenizer_folder)
 
     def publish(self, version: int, model: GPT) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.staging import micro_batches
 
 DEEPSPEED_OPTIMIZER = "DeepSpeed MuonWithAuxAdam"
+Objective = Callable[[Tensor], Tensor]  # from -log p (B, T) of a micro-batch's targets to the sum to minimise
 
 
 class Strategy(ABC):
@@ -50,13 +51,29 @@ class Strategy(ABC):
             total += self.backward(inputs, targets, weight, last=i == n_steps - 1)
         return sum_over_ranks([float(total)], self.world)[0] / n_targets
 
+    def accumulate_objectives(
+        self, micro: Sequence[tuple[Tensor, Tensor, Objective]], n_targets: int
+    ) -> float:
+        """Add the gradient of objectives, summed over this rank's micro-batches and all ranks and divided by
+        `n_targets`, at least 1; returns that value. Each is inputs and targets (B, T) with its objective."""
+        total = torch.zeros((), device=self.world.device)
+        n_steps = self.micro_steps(len(micro))
+        idle = torch.zeros(1, 1, dtype=torch.int64, device=self.world.device)
+        weight = self.world.world_size / n_targets
+        for i in range(n_steps):
+            inputs, targets, objective = micro[i] if i < len(micro) else (idle, idle - 1, torch.sum)
+            total += self.backward(inputs, targets, weight, last=i == n_steps - 1, objective=objective)
+        return sum_over_ranks([float(total)], self.world)[0] / n_targets
+
     def micro_steps(self, n_own: int) -> int:
         """How many micro-batches this rank runs that has rows for `n_own`; the others are empty."""
         return n_own
 
     @abstractmethod
-    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
-        """Add `weight` times the gradient of one micro-batch's summed loss; returns that loss, detached."""
+    def backward(
+        self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None
+    ) -> Tensor:
+        """Add `weight` times the gradient of one micro-batch's summed loss, or of its objective; returns it, detached."""
 
     @abstractmethod
     def scale_initial_lr(self, frac: float) -> None:
@@ -106,6 +123,15 @@ class Strategy(ABC):
     def close(self) -> None:
         """Give back what the strategy holds besides memory; it is of no use afterwards."""
         return None
+
+
+def summed_loss(
+    network: Callable[..., Tensor], inputs: Tensor, targets: Tensor, objective: Objective | None
+) -> Tensor:
+    """A micro-batch's cross-entropy, summed, or what its objective makes of that of each target."""
+    if objective is None:
+        return network(inputs, targets, reduction="sum")
+    return objective(network(inputs, targets, reduction="none"))
 
 
 def padded_micro_batches(

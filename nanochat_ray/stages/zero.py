@@ -90,10 +90,12 @@ class Zero(Strategy):
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
-    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+    def backward(
+        self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None
+    ) -> Tensor:
         assert self.scheduled, "set_schedule comes before accumulate"
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(inputs, targets, reduction="sum")
+        loss = summed_loss(self.engine, inputs, targets, objective)
         self.engine.backward(loss * weight)
         return loss.detach()
 

@@ -6,6 +6,7 @@ over, and `fit` waits for room and launches again. Every launch goes on from the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import ray
 import ray.train
@@ -35,10 +36,12 @@ from nanochat_ray.report.tracker import Tracker
 from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, pull_records, request_stop
 from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
+from nanochat_ray.stages.rl import RLJob, reinforce
 from nanochat_ray.stages.rows import RowSource
 from nanochat_ray.stages.sft import SFTJob, finetune
+from nanochat_ray.train.rollouts import open_rollouts
 from nanochat_ray.train.room import Workers, give_back, groups_of_this_job, room_for_more, wait_for_room
-from nanochat_ray.train.watchdog import Watchdog
+from nanochat_ray.train.watchdog import Pulse, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ STORE_LOOK_S = 30.0
 # What a person, a disk, another job or the numbers caused, so that trying again would end in the same way; but for
 USER_ERRORS = (ValueError, OSError, StaleWriterError, FloatingPointError, torch.OutOfMemoryError)
 PASSING_ERRORS = (ConnectionError, TimeoutError)  # which are OSErrors too
+StageJob: TypeAlias = PretrainJob | SFTJob | RLJob
 STAGES: dict[type, Callable[..., dict[str, Any]]] = {PretrainJob: pretrain, SFTJob: finetune}
 
 
@@ -92,8 +96,8 @@ class RayHooks(FolderHooks):
 class Launch:
     """One group of workers from its start to its end, seen from the driver."""
 
-    job: PretrainJob | SFTJob
-    dealer: DealerHandle
+    job: StageJob
+    pulse: ray.actor.ActorHandle  # the dealer, or a Pulse
     count: int
     look_every_s: float  # for room to grow
     outcome: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +133,7 @@ class Launch:
                                self.job.stage_folder.name, self.count)
                 request_stop(self.job.stage_folder)
             try:
-                silent_s: Any = ray.get(self.dealer.silent_s.remote(), timeout=LOOK_EVERY_S)
+                silent_s: Any = ray.get(self.pulse.silent_s.remote(), timeout=LOOK_EVERY_S)
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # a dead dealer is the ranks' error, which ends the launch
             if silent_s > 2 * hang_s:
@@ -140,12 +144,13 @@ class Launch:
 
 
 def fit(
-    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, lease: Lease,
+    job: StageJob, source: RowSource | None, rows_per_step: int, workers: Workers, lease: Lease,
     tracker_run: str = "dummy", patience: Patience = Patience(), keep_last: int = 3,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train a stage on Ray's workers and return rank 0's result. Blocks; call it from any thread.
 
+    `source` are the rows to train on; RL has none, its workers open rollouts themselves.
     Launches again after every failure that is nobody's mistake. Raises what a person got wrong as it is, and
     ClusterError when there is no room, or when `max_restarts` launches in a row have reached no new checkpoint.
     """
@@ -196,12 +201,16 @@ def fit(
 
 
 def launch(
-    job: PretrainJob | SFTJob, source: RowSource, rows_per_step: int, workers: Workers, count: int,
+    job: StageJob, source: RowSource | None, rows_per_step: int, workers: Workers, count: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """One group of `count` workers, from the newest checkpoint to its result or its failure."""
     tag, stage, hang_s = job.stage_folder.parent.name, job.stage_folder.name, settings["hang_s"]
-    dealer = start_dealer(source, rows_per_step, count, workers.data_actors(count), f"{tag} {stage}")
+    if source is None:
+        remote: Any = ray.remote(Pulse)
+        feed = remote.options(num_cpus=0, name=f"pulse {tag} {stage} {settings['lease_epoch']}").remote()
+    else:
+        feed = start_dealer(source, rows_per_step, count, workers.data_actors(count), f"{tag} {stage}")
     run_config: Any = RunConfig(
         name=f"{tag}-{stage}-{settings['lease_epoch']}",  # fresh: our manifest is the truth
         storage_path=str(job.stage_folder / RAY_FOLDER),
@@ -210,14 +219,14 @@ def launch(
     )
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config=settings | {"dealer": dealer, "passed_on": PassedOn.here()},
+        train_loop_config=settings | {"feed": feed, "rollout_workers": workers.rollout_workers, "passed_on": PassedOn.here()},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(hang_s) + 1),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
         ),
         run_config=run_config,
     )
-    running, groups_before = Launch(job, dealer, count, settings["grow_every_s"]), groups_of_this_job()
+    running, groups_before = Launch(job, feed, count, settings["grow_every_s"]), groups_of_this_job()
     try:
         running.start(trainer)
         return running.wait(workers, hang_s)
@@ -227,7 +236,7 @@ def launch(
             raise
         raise known[0] from error
     finally:
-        ray.kill(dealer)
+        ray.kill(feed)
         give_back(groups_of_this_job() - groups_before)
         shutil.rmtree(job.stage_folder / RAY_FOLDER, ignore_errors=True)
 
@@ -236,7 +245,7 @@ def no_use_to_retry(error: BaseException) -> bool:
     return isinstance(error, USER_ERRORS) and not isinstance(error, PASSING_ERRORS)
 
 
-def newest_step(job: PretrainJob | SFTJob) -> int:
+def newest_step(job: StageJob) -> int:
     """The step of the newest whole checkpoint, 0 without one."""
     return newest_whole_step(job.stage_folder / CHECKPOINTS)
 
@@ -276,7 +285,7 @@ def train_worker(config: dict[str, Any]) -> Any:
     job = config["job"]
     stream = f"{job.stage_folder.name}-{config['lease_epoch']}"
     tracker = hooks = None
-    tell = config["dealer"].note_life.remote
+    tell = config["feed"].note_life.remote
     with Watchdog(job.stage_folder, world.rank, config["hang_s"], tell) as watchdog:
         try:
             if world.rank == 0:
@@ -285,7 +294,11 @@ def train_worker(config: dict[str, Any]) -> Any:
             hooks = RayHooks(
                 job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"], watchdog.beat
             )
-            batches = open_from(config["dealer"], world, stream, watchdog)
+            if isinstance(job, RLJob):
+                source = open_rollouts(job, world, config["rollout_workers"], watchdog.beat)
+                with contextlib.closing(source):
+                    return reinforce(job, world, source, hooks)
+            batches = open_from(config["feed"], world, stream, watchdog)
             return STAGES[type(job)](job, world, batches, hooks)
         except USER_ERRORS as error:
             if world.world_size > 1 or not no_use_to_retry(error):  # the other ranks must not wait for this one

@@ -34,6 +34,7 @@ class Workers:
     use_gpu: bool = False
     cpus_each: float = 1.0
     threads_each: int | None = None  # torch threads of a CPU worker; None: as Ray sets them
+    rollout_workers: int | None = None  # processes that sample beside them; None: a stage that packs rows instead
 
     @property
     def resources_each(self) -> dict[str, float]:
@@ -43,14 +44,30 @@ class Workers:
         """Processes that read, tokenize and pack for `count` workers: one each for GPUs, which are fast, else one."""
         return count if self.use_gpu else 1
 
+    def beside(self, count: int) -> list[dict[str, float]]:
+        """What must run beside `count` workers: packing, or one process that samples and one that scores.
+
+        Further ones that sample take what is left.
+        """
+        if self.rollout_workers is None:
+            return [{"CPU": 1.0}] * self.data_actors(count)
+        sampling = {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})
+        return [sampling] * min(1, self.rollout_workers) + [{"CPU": 1.0}]
+
     def bundles(self, count: int) -> list[dict[str, float]]:
-        """What `count` workers and the packing beside them take."""
-        return [self.resources_each] * count + [{"CPU": 1.0}] * self.data_actors(count)
+        """What `count` workers take, with what must run beside them."""
+        return [self.resources_each] * count + self.beside(count)
+
+    def total(self, count: int) -> dict[str, float]:
+        """The sum of the bundles."""
+        bundles = self.bundles(count)
+        return {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
 
     def need(self, count: int) -> str:
-        packers, gpus = self.data_actors(count), f" and {count} GPU" if self.use_gpu else ""
-        cpus = count * self.cpus_each + packers
-        return f"{cpus:g} CPU{gpus} ({count} x {self.cpus_each:g} CPU for workers, {packers} for data)"
+        total, beside = self.total(count), len(self.beside(count))
+        gpus = f" and {total['GPU']:g} GPU" if total["GPU"] else ""
+        what = "data" if self.rollout_workers is None else "rollouts"
+        return f"{total['CPU']:g} CPU{gpus} ({count} x {self.cpus_each:g} CPU for workers, {beside} for {what})"
 
 
 def wait_for_room(
@@ -137,8 +154,7 @@ def give_back(groups: set[str]) -> None:
 
 def _enough_in_total(workers: Workers, count: int) -> bool:
     have = ray.cluster_resources()
-    enough_gpus = not workers.use_gpu or have.get("GPU", 0) >= count
-    return enough_gpus and have.get("CPU", 0) >= count * workers.cpus_each + workers.data_actors(count)
+    return all(have.get(kind, 0) >= amount for kind, amount in workers.total(count).items())
 
 
 def _refuse_if_too_small(workers: Workers, what: str) -> None:

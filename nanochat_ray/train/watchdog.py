@@ -15,6 +15,20 @@ REARM_S = 1.0
 TELL_S = 10.0
 
 
+class Pulse:
+    """Remembers when a rank was last heard of, in a process of its own that outlives them."""
+
+    def __init__(self) -> None:
+        self._heard_s = time.monotonic()
+
+    def note_life(self) -> None:
+        self._heard_s = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since a rank was last heard of."""
+        return time.monotonic() - self._heard_s
+
+
 class Watchdog:
     """Ends this process when nobody calls `beat` for `limit_s` seconds; the stacks of all threads go to a file first.
 

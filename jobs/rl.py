@@ -1,0 +1,69 @@
+"""Let the finetuned model learn from rewards (stage `rl`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from _runtime import Job, available_cpus, main, open_job
+
+from nanochat_ray.config import PretrainSettings, RLSettings, RunSettings
+from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.run_dir import CONFIG_FILE, existing_run, read_json
+
+logger = logging.getLogger("nanochat_ray")
+
+
+def run(job: Job, settings: RLSettings, world_folder: Path | None) -> None:
+    """`world_folder` is the embedded corpus if the run's data is that, else None."""
+    from _train import Feed, other_optimizer, train
+
+    from nanochat_ray.stages.rl import RLJob
+    from nanochat_ray.tasks.rl_task import rl_task_of
+    from nanochat_ray.text.tokenizer import Tokenizer
+
+    tokenizer_folder = job.run_dir.require_stage("tokenizer", "tok_train.py")
+    job.run_dir.require_stage("sft", "sft.py")
+    task = rl_task_of(
+        settings.prompts, settings.eval_prompts, settings.task, world_folder is not None, job.task_sources()
+    )
+    pretrained = read_json(job.run_dir.stage("pretrain") / CONFIG_FILE)["settings"]
+    stage = RLJob(
+        settings, job.run_dir.stage("rl"), tokenizer_folder, job.run_dir.checkpoints("sft"),
+        PretrainSettings.model_validate(pretrained), task, job.settings.dtype, job.settings.parallel,
+    )
+    hashes = {"tokenizer": Tokenizer.load(tokenizer_folder).hash, "base_model": stage.base().model_hash}
+    files = {"task": None, "prompts": None, "eval_prompts": None}  # with their contents in the next line
+    config = {"settings": settings.identity() | files, "task": task.identity()} | hashes
+    with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
+        if notes is None:
+            return
+        result = train(job, stage, Feed(rollout_workers=rollout_workers(job, settings)), settings.num_iterations)
+        notes.metrics |= result["metrics"]
+        notes.hashes |= hashes
+
+
+def rollout_workers(job: Job, settings: RLSettings) -> int:
+    """How many Ray actors sample: as asked for, else by hardware; 0 means that the training workers do."""
+    if settings.rollout_workers is not None or not job.use_ray():
+        return settings.rollout_workers or 0
+    if not job.device.startswith("cuda"):
+        return max(1, available_cpus() // settings.rollout_threads)
+    import ray
+
+    return max(0, int(ray.cluster_resources().get("GPU", 0)) - job.settings.worker_range[1])
+
+
+def cli() -> None:
+    flags = read_flags(__doc__ or "", [Section("run", RunSettings()), Section("rl", RLSettings())])
+    settings, rl = flags.settings(RunSettings), flags.settings(RLSettings)
+    from _data import pinned_world
+
+    tag = existing_run(settings.storage, settings.model_tag)
+    beside = (rl.rollout_workers or available_cpus()) + 1
+    with open_job(settings, tag, beside) as job:
+        run(job, rl, pinned_world(job.run_dir, settings.storage))
+
+
+if __name__ == "__main__":
+    main(cli)
