@@ -1,7 +1,7 @@
 """What RL does to each family of held-out questions: pass@1 before and after, over several seeds.
 
-Takes a finished run on the embedded corpus (its stages up to sft), runs jobs/rl.py on copies of it with the cpu preset's
-settings and one seed each, and asks questions that no training prompt has. Sampled at temperature 1, and greedy.
+Takes a finished run on the embedded corpus (its stages up to sft), runs jobs/rl.py on copies of it with the settings of
+the preset cpu and one seed each, and asks questions that no training prompt has. Sampled at temperature 1, and greedy.
 """
 
 from __future__ import annotations
@@ -109,12 +109,14 @@ def main() -> None:
         for seed in args.seeds:
             seconds[seed] = train(args.run, Path(folder), seed, rest)
             after[seed] = all_scores(Path(folder) / f"seed{seed}", "rl", args.questions)
-    print(f"{'family':20} {'SFT':>6} " + " ".join(f"{f'RL {seed}':>7}" for seed in args.seeds) + "  mean change, greedy")
+    seeds = " ".join(f"{f'RL {seed}':>7}" for seed in args.seeds)
+    print(f"{'family':20} {'SFT':>6} {seeds} change  greedy change")
     for family, (sampled, greedy) in before.items():
         each = [after[seed][family] for seed in args.seeds]
         change, changed = fmean(one[0] for one in each) - sampled, fmean(one[1] for one in each) - greedy
         shown = " ".join(f"{100 * one[0]:7.1f}" for one in each)
-        print(f"{family:20} {100 * sampled:6.1f} {shown} {100 * change:+6.1f} {100 * greedy:7.1f} {100 * changed:+6.1f}")
+        line = f"{family:20} {100 * sampled:6.1f} {shown} {100 * change:+6.1f}"
+        print(f"{line} {100 * greedy:7.1f} {100 * changed:+6.1f}")
     print("seconds of jobs/rl.py:", " ".join(f"{value:.0f}" for value in seconds.values()))
     print(json.dumps({"before": before, "after": after, "seconds": seconds}))
 

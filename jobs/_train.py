@@ -52,7 +52,8 @@ def train(job: Job, stage: PretrainJob | SFTJob | RLJob, feed: Feed, total_steps
         def work() -> dict[str, Any]:
             keep_last = settings.keep_checkpoints
             return fit(
-                stage, feed.rows, feed.rows_per_step, workers, job.lease, settings.run, patience, keep_last, job.stop.is_set
+                stage, feed.rows, feed.rows_per_step, workers, job.lease, settings.run, patience, keep_last,
+                job.stop.is_set,
             )
     else:
         if job.settings.worker_range[0] > 1:

@@ -228,7 +228,7 @@ class RLSettings(Settings):
     num_iterations: int | None = Field(None, gt=0, description="optimizer steps; unset: whole epochs")
     examples_per_step: int = Field(16, ge=1, description="prompts per optimizer step")
     num_samples: int = Field(16, ge=2, description="completions of each prompt: a group")
-    prompts_per_unit: int = Field(4, ge=1, description="prompts that one engine completes together, as one unit of work")
+    prompts_per_unit: int = Field(4, ge=1, description="prompts that one engine completes together: a unit of work")
     max_new_tokens: int = Field(256, ge=1, description="of a completion")
     temperature: float = Field(1.0, gt=0, description="of sampling; training takes the policy at temperature 1")
     top_k: int | None = Field(None, ge=0, description="of sampling; unset or 0: the whole vocabulary")

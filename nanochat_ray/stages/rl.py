@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat_ray.config import PretrainSettings, RLSettings
 from nanochat_ray.messages import RolloutGroup, World
-from nanochat_ray.metrics.pass_at_k import pass_at_k
+from nanochat_ray.metrics.pass_at_k import pass_metrics
 from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
 from nanochat_ray.model.optim import Rates
 from nanochat_ray.model.precision import pick_dtype, prepare_device
@@ -219,7 +219,13 @@ def check_rewards(groups: Sequence[RolloutGroup], step: int) -> None:
     failures = [rollout.failure for group in groups for rollout in group.rollouts]
     if all(failures):
         reasons = failures or [group.set_aside for group in groups]
-        raise RuntimeError(f"step {step}: none of {len(failures)} rollouts has a reward; the first failed of: {reasons[0]}")
+        raise RuntimeError(
+            f"step {step}: none of {len(failures)} rollouts has a reward; what is said of the first: {reasons[0]}"
+        )
+
+
+def rewards_of(groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
+    return [[rollout.reward for rollout in group.rollouts] for group in groups]
 
 
 def n_sampled(groups: Sequence[RolloutGroup]) -> int:
@@ -255,9 +261,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], learning: LearningStep, step
 def evaluate(job: RLJob, desk: Desk, step: int, world: World) -> dict[str, float]:
     """Scores of the policy at a step on the evaluation prompts. Rank 0 also keeps samples of the first and the last."""
     sampled, greedy = desk.evaluate(step, step)
-    scores = pass_at_k(sampled) | {"greedy": pass_at_k(greedy)["pass@1"]} | reward_metrics(sampled)
+    scores = pass_metrics(rewards_of(sampled)) | reward_metrics(sampled)
+    if found := pass_metrics(rewards_of(greedy)):
+        scores["greedy"] = found["pass@1"]
     if world.rank == 0:
-        logger.info("step %d: pass@1 %.3f sampled, %.3f greedy", step, scores["pass@1"], scores["greedy"])
+        shown = [f"{name} {scores[name]:.3f}" for name in ("pass@1", "greedy", "reward_mean") if name in scores]
+        logger.info("step %d: %s", step, ", ".join(shown))
         if step in (0, desk.plan.n_steps):
             path = job.stage_folder / ("samples_before.json" if step == 0 else "samples_after.json")
             write_atomic(path, json.dumps(samples(desk, sampled), indent=1, ensure_ascii=False) + "\n")
@@ -269,9 +278,11 @@ def samples(desk: Desk, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
     conversations = desk.plan.conversations["val"]
     return [
         {
-            "id": group.prompt.id, "prompt": conversations[group.prompt.index]["messages"][-2]["content"],
-            "completion": group.rollouts[0].text, "reward": group.rollouts[0].reward,
-        }  # fmt: skip
+            "id": group.prompt.id,
+            "prompt": conversations[group.prompt.index]["messages"][-2]["content"],
+            "completion": group.rollouts[0].text,
+            "reward": group.rollouts[0].reward,
+        }
         for group in groups[:SAMPLES_SHOWN]
         if group.rollouts
     ]

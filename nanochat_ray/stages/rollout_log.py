@@ -128,13 +128,13 @@ def _groups(lines: Sequence[dict[str, Any]]) -> tuple[RolloutGroup, ...]:
                 line["sample"], tuple(line["tokens"]), tuple(line["mask"]), tuple(line["logprobs"]),
                 line["finish_reason"], line["text"], tuple((asked, given) for asked, given in line["tool_calls"]),
                 line["reward"], line["failure"],
-            )  # fmt: skip
+            )
         )
     return tuple(
         RolloutGroup(
             RolloutPrompt(line["prompt_id"], line["index"], tuple(line["prompt_tokens"]), line["seed"]),
             line["version"], tuple(rollouts), line["set_aside"],
-        )  # fmt: skip
+        )
         for line, rollouts in groups
     )
 

@@ -73,7 +73,7 @@ class Strategy(ABC):
     def backward(
         self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None
     ) -> Tensor:
-        """Add `weight` times the gradient of one micro-batch's summed loss, or of its objective; returns it, detached."""
+        """Add `weight` times the gradient of one micro-batch's summed loss or objective; returns that, detached."""
 
     @abstractmethod
     def scale_initial_lr(self, frac: float) -> None:

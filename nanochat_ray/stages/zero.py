@@ -27,7 +27,7 @@ from nanochat_ray.model.checkpoint import load_weights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import Rates, parameter_groups
 from nanochat_ray.model.optim_shards import ParamGroup, all_gather
-from nanochat_ray.stages.strategy import DEEPSPEED_OPTIMIZER, Strategy
+from nanochat_ray.stages.strategy import DEEPSPEED_OPTIMIZER, Objective, Strategy, summed_loss
 
 MUON_SLOTS = ("momentum_buffer",)
 ADAM_SLOTS = ("exp_avg", "exp_avg_sq")

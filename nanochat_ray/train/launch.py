@@ -219,7 +219,9 @@ def launch(
     )
     trainer: Any = TorchTrainer(
         train_worker,
-        train_loop_config=settings | {"feed": feed, "rollout_workers": workers.rollout_workers, "passed_on": PassedOn.here()},
+        train_loop_config=settings | {
+            "feed": feed, "rollout_workers": workers.rollout_workers, "passed_on": PassedOn.here()
+        },
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(hang_s) + 1),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_each
