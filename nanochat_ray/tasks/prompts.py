@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nanochat_ray.messages import RolloutSplit
@@ -28,16 +28,15 @@ def open_prompt(value: Any) -> Conversation:
     """
     if isinstance(value, str):
         value = {"prompt": value}
-    if isinstance(value, Mapping) and "messages" not in value:
-        if not isinstance(value.get("prompt"), str):
-            raise ValueError(f'a text, {{"prompt": text, ...}} or {{"messages": [...]}} is needed, not {value!r:.100}')
-        found = dict(value)
-        found["messages"] = [_user(value["prompt"]), _assistant(str(value.get("answer", "")))]
-    else:
-        found = dict(value) if isinstance(value, Mapping) else {"messages": value}
-        messages = found["messages"]
-        if isinstance(messages, Sequence) and messages and _role(messages[-1]) == "user":
-            found["messages"] = [*messages, _assistant("")]
+    found = dict(value) if isinstance(value, Mapping) else {"messages": value}
+    if "messages" not in found and isinstance(found.get("prompt"), str):
+        found["messages"] = [_user(found["prompt"]), _assistant(str(found.get("answer", "")))]
+    messages = found.get("messages")
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f'a text, {{"prompt": text, ...}} or a list of messages is needed, not {value!r:.100}')
+    found["messages"] = list(messages)
+    if messages and _role(messages[-1]) == "user":
+        found["messages"].append(_assistant(""))
     return _checked(found)
 
 
@@ -114,7 +113,7 @@ def prompts_sha256(prompts: Iterable[Conversation]) -> str:
 
 def _checked(conversation: dict[str, Any]) -> Conversation:
     messages = conversation["messages"]
-    if problem := conversation_problem(list(messages) if isinstance(messages, tuple) else messages):
+    if problem := conversation_problem(messages):
         raise ValueError(problem)
     if _role(messages[-1]) != "assistant":
         raise ValueError("the last message is the user's; the reference answer must follow it")

@@ -176,7 +176,7 @@ async def _outcome(reward: Reward, conversation: Conversation, text: str, limits
         if number is None:
             return Outcome(None, f"ValueError: a reward must be a finite number, this one is {found!r:.100}")
         return Outcome(number)
-    return Outcome(None, f"{failure} ({limits.tries} tries)")
+    return Outcome(None, f"{failure} (tries: {limits.tries})")
 
 
 async def _called(reward: Reward, conversation: Conversation, text: str) -> Any:

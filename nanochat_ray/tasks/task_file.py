@@ -80,7 +80,7 @@ class TaskFile:
     def _values(self, source: str, split: RolloutSplit) -> list[Any]:
         found = getattr(self.module, source)
         if callable(found):
-            with _told_of(self.path):
+            with _told_of(self.path, self.lines.get(source, 1)):
                 found = found(split)
                 found = list(found) if isinstance(found, Iterator) else found
         if isinstance(found, str | dict) or not isinstance(found, Iterable):
@@ -97,7 +97,8 @@ def load_task_file(path: Path, text: str) -> TaskFile:
     try:
         lines = _lines(ast.parse(text))
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}, line {getattr(error, 'lineno', 1)}: {getattr(error, 'msg', error)}") from error
+        line = getattr(error, "lineno", None) or 1
+        raise ValueError(f"{path}, line {line}: {getattr(error, 'msg', error)}") from error
     name = f"nanochat_ray_task_{hashlib.sha256(f'{path} {text}'.encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_loader(name, _FromText(path, text), origin=str(path))
     assert spec is not None and spec.loader is not None
@@ -159,11 +160,11 @@ def _check(task: TaskFile) -> None:
 
 
 @contextlib.contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """What goes wrong in a task's file, as a ValueError that names the line."""
+def _told_of(path: Path, line: int = 1) -> Iterator[None]:
+    """What goes wrong in a task's file, as a ValueError that names the line; `line` where none of the file's ran."""
     try:
         yield
     except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = frames[-1].lineno if frames else 1
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        at = frames[-1].lineno if frames else line
+        raise ValueError(f"{path}, line {at}: {type(error).__name__}: {error}") from error

@@ -139,7 +139,7 @@ def test_a_reward_that_raises_is_asked_again_and_then_given_up():
     outcome = one(Flaky(2))
     assert outcome.reward is None
     assert outcome.failure is not None and outcome.failure.startswith("KeyError: 'call 2' (test_rewards.py, line ")
-    assert outcome.failure.endswith("(2 tries)")
+    assert outcome.failure.endswith("(tries: 2)")
 
 
 def stop(*_):
