@@ -258,6 +258,9 @@ class RLSettings(Settings):
         None, ge=0, json_schema_extra=RUN_ONLY,
         description="Ray actors that sample; 0: the training workers do, in turns; unset: by hardware",
     )
+    score_workers: int = Field(
+        1, ge=1, description="Ray actors that compute rewards, without a GPU", json_schema_extra=RUN_ONLY
+    )
     replay: str | None = Field(
         None, description="folder of a rollout log to train on instead of sampling", json_schema_extra=RUN_ONLY
     )

@@ -189,6 +189,7 @@ def run_loop(
             "train/tok_per_sec": int(n_sampled(groups) / seconds),
         }
         if rank0:
+            step_metrics |= {f"rollout/{name}": value for name, value in desk.source.counts().items()}
             hooks.report(state.step, step_metrics)
         metrics |= step_metrics
         state.step += 1

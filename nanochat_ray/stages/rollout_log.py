@@ -92,6 +92,9 @@ class LoggedRollouts:
                 raise ValueError(f"the log {self.log.folder} has no {unit.name}; replay with the settings of its run")
             yield FinishedUnit(unit, groups, by="log")
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         return None
 

@@ -61,6 +61,10 @@ class RolloutSource(Protocol):
         """These units, which have been submitted, each as it is done; on rank 0 all of them, elsewhere perhaps none."""
         ...
 
+    def counts(self) -> dict[str, float]:
+        """What happened behind the seam, for the metrics."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -168,6 +172,9 @@ class OwnRollouts:
         groups = self.scorer.score(unit, rollouts)
         took = sampled - begun, time.perf_counter() - sampled
         return FinishedUnit(unit, groups, *took, by=f"rank {self.world.rank}")
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         self.sampler.rest()

@@ -297,7 +297,7 @@ def train_worker(config: dict[str, Any]) -> Any:
                 job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"], watchdog.beat
             )
             if isinstance(job, RLJob):
-                source = open_rollouts(job, world, config["rollout_workers"], watchdog.beat)
+                source = open_rollouts(job, world, config["rollout_workers"], config["passed_on"], watchdog.beat)
                 with contextlib.closing(source):
                     return reinforce(job, world, source, hooks)
             batches = open_from(config["feed"], world, stream, watchdog)
