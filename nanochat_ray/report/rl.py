@@ -1,4 +1,8 @@
-"""What the report says of a stage with rollouts: before and after, where a step's time went, what was left out."""
+"""What the report says of a stage with rollouts: before and after, where a step's time went, what was left out.
+
+Of the records of `metrics.jsonl` it reads `rollout/...`, `train/...` and `rollout/left_out`: names of prompts and
+rollouts that were not learned from, each with the reason.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,15 @@ from statistics import fmean
 from typing import Any
 
 from nanochat_ray.report.metrics_log import is_train_step, without_undone
-from nanochat_ray.report.records import Scalar, StageRecord, plain
+from nanochat_ray.report.records import Scalar, StageRecord
 from nanochat_ray.report.text import ABSENT, cell, markdown_table, one_line, value_text
 from nanochat_ray.report.training import middle, numbers, share, warm_steps
-from nanochat_ray.run_dir import read_json, write_json
+from nanochat_ray.run_dir import read_json
 
 BEFORE, AFTER = "before", "after"
 SAMPLES_FILES = {BEFORE: "samples_before.json", AFTER: "samples_after.json"}
 MAX_SAMPLES, MAX_SAMPLE_CHARS = 10, 500
+MAX_LEFT_OUT = 20
 STEP_PARTS = (
     ("generate", "rollout/generate_s"), ("score", "rollout/score_s"), ("wait for rollouts", "rollout/wait_s"),
     ("update", "train/update_s"), ("publish the weights", "train/publish_s"),
@@ -29,17 +34,12 @@ TOOL_CALL = re.compile(
 
 @dataclass(frozen=True)
 class RLSample:
-    """One completion of a prompt that the stage is evaluated on."""
+    """One completion of a prompt that the stage is evaluated on, as the files of samples have it."""
 
     id: str  # of the prompt
     prompt: str
     completion: str
     reward: float | None
-
-
-def write_samples(folder: Path, when: str, samples: Sequence[RLSample]) -> None:
-    """Put samples of the model `before` or `after` the stage into its folder, for the report."""
-    write_json(folder / SAMPLES_FILES[when], plain(samples))
 
 
 def rl_parts(folder: Path, record: StageRecord | None, written: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -48,6 +48,7 @@ def rl_parts(folder: Path, record: StageRecord | None, written: Sequence[Mapping
     found = [
         _before_and_after(record.metrics if record else {}),
         _rollouts([step for step in steps if "rollout/reward_mean" in step]),
+        _left_out(steps),
         _step_times(warm_steps(written) or steps),
         _samples(folder),
     ]
@@ -92,6 +93,18 @@ def _rollouts(steps: Sequence[Mapping[str, Any]]) -> str:
     return f"### Rollouts\n\n{markdown_table(['', 'value'], rows)}"
 
 
+def _left_out(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Prompts and rollouts that were not learned from, by name, with the reason."""
+    found: dict[str, str] = {}
+    for step in steps:
+        found |= step.get("rollout/left_out") or {}
+    if not found:
+        return ""
+    rows = [[name, reason] for name, reason in list(found.items())[:MAX_LEFT_OUT]]
+    more = f"\n\nAnd {len(found) - MAX_LEFT_OUT:,} more." if len(found) > MAX_LEFT_OUT else ""
+    return f"### Not learned from\n\n{markdown_table(['', 'why'], rows, numbers=False)}{more}"
+
+
 def _step_times(steps: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for label, name in STEP_PARTS:
@@ -102,8 +115,8 @@ def _step_times(steps: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows.append(["whole step", f"{middle(numbers(steps, 'train/dt')):.3f} s", "100.0%"])
     note = (
-        "Medians, and shares of all steps' time without the first of each start. What other processes do beside the "
-        "step counts in full, so shares may add up to more than the whole."
+        "Medians, and shares of the steps' time, without the first steps of each start. What other processes do "
+        "beside the step counts in full, so shares may add up to more than the whole."
     )
     return f"### Time of a step\n\n{markdown_table(['', 'a step', 'share'], rows)}\n\n{note}"
 

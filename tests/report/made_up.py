@@ -8,9 +8,9 @@ from pathlib import Path
 
 from nanochat_ray.report.environment import Environment
 from nanochat_ray.report.metrics_log import WATCH_FILE, MetricsLog
-from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, write_result
-from nanochat_ray.report.rl import AFTER, BEFORE, RLSample, write_samples
-from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE
+from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, plain, write_result
+from nanochat_ray.report.rl import AFTER, BEFORE, SAMPLES_FILES, RLSample
+from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE, write_json
 
 ENVIRONMENT = Environment(
     git_branch="main", git_commit="abc1234", git_dirty=True, platform="Linux-6.1", cpu="A CPU", cpus_physical=8,
@@ -113,6 +113,7 @@ def make_rl(run: Path) -> Path:
             "rollout/wait_s": 0.5, "train/update_s": 0.4, "train/publish_s": 0.1, "train/dt": 2.0,
             "train/loss": math.sin(step) / 10, "train/grad_norm": 0.5, "train/lrm": 1 - step / RL_STEPS,
             "train/tok_per_sec": 4000,
+            **({"rollout/left_out": {"world/train/17": "failed 3 times: <killed>"}} if step == 40 else {}),
         })
     log.append({"step": RL_STEPS, **rl_evaluation(RL_STEPS)})
     log.close()
@@ -120,20 +121,18 @@ def make_rl(run: Path) -> Path:
         f"{when}/{name.removeprefix('eval/')}": value
         for when, step in ((BEFORE, 0), (AFTER, RL_STEPS)) for name, value in rl_evaluation(step).items()
     }
-    record = StageRecord(
-        "rl", "2026-11-20T12:00:00+0000", 140.0, {"num_iterations": RL_STEPS, **metrics},
-        skipped=[Skipped("world/train/17", "failed 3 times: ValueError: prompt of 9000 tokens")],
-    )
-    write_result(folder, record)
-    write_samples(folder, BEFORE, [
+    write_result(folder, StageRecord("rl", "2026-11-20T12:00:00+0000", 140.0, {"num_iterations": RL_STEPS, **metrics}))
+    before = [
         RLSample("q1", QUESTION, "Is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.", 0.0),
         RLSample("q1", QUESTION, "another sample of it", 1.0),
         RLSample("q2", AWKWARD, AWKWARD, None),
-    ])  # fmt: skip
-    write_samples(folder, AFTER, [
+    ]
+    after = [
         RLSample("q2", AWKWARD, "<|python_start|>6*<|python_end|>" + "y" * 900, 1.0),
         RLSample("q1", QUESTION, "", 1.0),
-    ])  # fmt: skip
+    ]
+    write_json(folder / SAMPLES_FILES[BEFORE], plain(before))
+    write_json(folder / SAMPLES_FILES[AFTER], plain(after))
     metrics = {"source": "rl", "heldout/overall": 0.96, "chatcore/GSM8K": 0.05}
     write_result(run / "chat_eval_rl", StageRecord("chat_eval_rl", "2026-11-20T12:03:00+0000", 10.0, metrics))
     return run

@@ -69,7 +69,7 @@ def test_what_became_of_the_rollouts(report):
         "steps": "60", "policy lag, largest": "1", "groups in which all rewards are equal": "25.0%",
         "rollouts without a reward, left out": "2", "prompts set aside": "1",
     }
-    assert "- rl: **world/train/17**: failed 3 times" in section(report, "Left out")
+    assert rows(part(report, "Not learned from"))["world/train/17"] == ["failed 3 times: &lt;killed>"]
     training = rows(section(report, "Training"))
     column = training[""].index("rl")
     assert training["starts"][column] == "2" and training["steps done again after a restart"][column] == "5"
@@ -144,3 +144,11 @@ def test_nothing_before_and_numbers_that_are_none(tmp_path):
     write_result(tmp_path / "r" / "rl", record)
     table = rows(part(write_report(tmp_path / "r", ENVIRONMENT).read_text(), "Before and after"))
     assert table["greedy"] == ["-", "50.0 %", "-"] and table["reward_mean"] == ["-", "1", "-"]
+
+
+def test_of_much_that_was_left_out_the_first_are_named(tmp_path):
+    failed = [{f"p{k} sample {j}": "KeyError: 'x|y'" for j in (0, 1)} for k in range(15)]
+    records = [{"step": k, "train/loss": 0.0, "rollout/left_out": each} for k, each in enumerate(failed)]
+    [text] = rl_parts(tmp_path, None, records)
+    assert rows(text)["p9 sample 1"] == ["KeyError: 'x\\|y'"]
+    assert len(rows(text)) == 22 and text.endswith("And 10 more.")
