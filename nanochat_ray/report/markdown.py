@@ -39,7 +39,7 @@ REPORT_FILE = "report.md"
 BASE, SFT, RL = "BASE", "SFT", "RL"
 COLUMN_OF_STAGE = {"pretrain": BASE, "base_eval": BASE, "sft": SFT, "rl": RL}
 COLUMN_OF_TIME = {BEFORE: SFT, AFTER: RL}
-PASS_LABELS = {"greedy": "pass@1, greedy", "unbiased_pass@1": "pass@1, sampled"}
+RL_LABELS = {"greedy": "pass@1, greedy", "unbiased_pass@1": "pass@1, sampled", "reward_mean": "mean reward"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,11 @@ def _summary(records: Sequence[StageRecord]) -> str:
     order = sorted(rows, key=_summary_order)
     body = [[label, *[rows[label].get(column, ABSENT) for column in columns]] for label in order]
     note = "Bits per byte of text and of answers are taken over different bytes and cannot be compared."
-    if any(label in rows for label in PASS_LABELS.values()):
-        note += " pass@1 is of prompts that RL evaluates on and never trains on; sampled: all samples at temperature 1."
+    if any(label in rows for label in RL_LABELS.values()):
+        note += (
+            " pass@1 and the reward are of prompts that RL evaluates on and never trains on; sampled, as for the mean "
+            "reward: all samples at temperature 1."
+        )
     return f"## Summary\n\n{markdown_table(['', *columns], body)}\n\n{note}"
 
 
@@ -158,7 +161,7 @@ def _summary_place(record: StageRecord, name: str) -> tuple[str | None, str | No
     """Row and column of a metric, None where it has none."""
     when, _, rest = name.partition("/")
     if when in COLUMN_OF_TIME:
-        return PASS_LABELS.get(rest), COLUMN_OF_TIME[when]
+        return RL_LABELS.get(rest), COLUMN_OF_TIME[when]
     column = _column(record)
     label = record.metrics.get(f"{name}_name") or _summary_label(name, column)
     return str(label or ""), column
@@ -177,11 +180,12 @@ def _summary_label(name: str, column: str | None) -> str | None:
 
 
 def _summary_order(label: str) -> int:
-    """bpb, CORE, tasks as they came, ChatCORE, pass@1, held-out questions with the families after all of them."""
-    for place, starts in enumerate(("val bpb", "CORE", None, "ChatCORE", "pass@1", "held-out questions", "held-out:")):
+    """bpb, CORE, tasks as they came, ChatCORE, RL's task, held-out questions with the families after all of them."""
+    order = ("val bpb", "CORE", None, "ChatCORE", "pass@1", "mean reward", "held-out questions", "held-out:")
+    for place, starts in enumerate(order):
         if starts and label.startswith(starts):
             return place
-    return 2
+    return order.index(None)
 
 
 def _times(stages: Sequence[Stage], price_per_hour: float | None) -> str:

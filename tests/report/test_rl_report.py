@@ -44,10 +44,11 @@ def test_the_summary_compares_base_sft_and_rl(report):
     assert summary[""] == ["BASE", "SFT", "RL"]
     assert summary["pass@1, greedy"] == ["-", "60.0 %", "90.0 %"]
     assert summary["pass@1, sampled"] == ["-", "40.0 %", "70.0 %"]
+    assert summary["mean reward"] == ["-", "0.4000", "0.7000"]
     assert summary["held-out questions"] == ["-", "93.0 %", "96.0 %"] and summary["GSM8K"] == ["-", "3.1 %", "5.0 %"]
     order = list(summary)
     assert order.index("ChatCORE") < order.index("pass@1, sampled") < order.index("held-out questions")
-    assert "pass@1 is of prompts that RL evaluates on" in section(report, "Summary")
+    assert "prompts that RL evaluates on and never trains on" in section(report, "Summary")
 
 
 def test_before_and_after_stand_in_one_table(report):
