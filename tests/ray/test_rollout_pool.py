@@ -396,7 +396,10 @@ def test_who_comes_late_joins_and_who_freezes_goes(make_pool, alone, request):
     def free() -> float:
         return ray.available_resources().get("CPU", 0.0)
 
-    wait_until(lambda: free() >= ray.cluster_resources()["CPU"] - 1.0, "actors of other tests are still there")
+    def used() -> float:
+        return 0.5 * len([name for name in ray.util.list_named_actors() if name.startswith("rollout ")])
+
+    wait_until(lambda: free() == ray.cluster_resources()["CPU"] - used(), "actors of other tests are still there")
     blocker = ray.remote(Blocker).options(num_cpus=free() - 0.5).remote()
     request.addfinalizer(lambda: ray.kill(blocker))
     ray.get(blocker.placed.remote())
@@ -423,18 +426,18 @@ def test_inside_a_training_worker(ray_cluster, spec, alone, tmp_path):
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    units, result = [unit(k, 0) for k in range(2)], tmp_path / "result"
+    units, result, named = [unit(k, 0) for k in range(2)], tmp_path / "result", dataclasses.replace(spec, name="orphan")
 
     def train(config: dict) -> None:
         from nanochat_ray.rollout.pool import RolloutPool
         from nanochat_ray.rollout.settings import PoolNeeds
 
-        pool = RolloutPool(spec, 1, passed_on=PassedOn({}), needs=PoolNeeds(cpus=0.5))
+        pool = RolloutPool(named, 1, passed_on=PassedOn({}), needs=PoolNeeds(cpus=0.5))
         pool.publish(0, network(0))
         pool.submit(units)
         found = by_name(pool.finished(units))
         result.write_text(repr([found[one.name] for one in units]))
-        assert any(name.startswith("rollout tiny rl") for name in ray.util.list_named_actors())
+        assert any(name.startswith("rollout orphan") for name in ray.util.list_named_actors())
         os.kill(os.getpid(), signal.SIGKILL)
 
     once = FailureConfig(max_failures=0, controller_failure_limit=0)
@@ -445,4 +448,4 @@ def test_inside_a_training_worker(ray_cluster, spec, alone, tmp_path):
     with pytest.raises(ray.train.WorkerGroupError):
         trainer.fit()
     assert result.read_text() == repr([alone(one) for one in units])
-    wait_until(lambda: not [name for name in ray.util.list_named_actors() if "tiny rl" in name], "orphans")
+    wait_until(lambda: not [name for name in ray.util.list_named_actors() if "orphan" in name], "orphans")
