@@ -1,6 +1,13 @@
 """Running programs that a model wrote, isolated from this machine."""
 
-from nanochat_ray.sandbox.program import require_isolation, run_program, run_program_async, usable
+from nanochat_ray.sandbox.program import (
+    require_isolation,
+    run_program,
+    run_program_async,
+    run_programs,
+    try_program,
+    usable,
+)
 from nanochat_ray.sandbox.result import ProgramResult, SandboxFailed, SandboxUnavailable
 
 __all__ = [
@@ -10,5 +17,7 @@ __all__ = [
     "require_isolation",
     "run_program",
     "run_program_async",
+    "run_programs",
+    "try_program",
     "usable",
 ]
