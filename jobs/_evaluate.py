@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from _runtime import Job, Notes, available_cpus
 
+from nanochat_ray import sandbox
 from nanochat_ray.config import BaseEvalSettings, RunSettings
 from nanochat_ray.metrics.bits_per_byte import bits_per_byte
 from nanochat_ray.metrics.core import CoreRecord, core_metric, merge
@@ -16,6 +17,7 @@ from nanochat_ray.metrics.core_bundle import find_bundle, load_bundle, load_item
 from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
 from nanochat_ray.report.records import Sample, Table
 from nanochat_ray.run_dir import STAGE_OF_SOURCE, storage_path
+from nanochat_ray.sandbox import ProgramResult, SandboxFailed
 from nanochat_ray.stages.evaluation import (
     BpbUnit,
     CoreUnit,
@@ -73,6 +75,28 @@ def run_units(job: Runner, spec: EvalSpec, units: Sequence[Unit]) -> list[list[R
 
 
 # --- the pretrained model --------------------------------------------------------------------------------------------
+
+
+def check_sandbox(job: Runner) -> None:
+    """Raise SandboxUnavailable unless programs that the model writes can be run, somewhere without a GPU."""
+    if job.use_ray():
+        from nanochat_ray.evals import sandbox_pool
+
+        if not job.settings.unsafe_sandbox:
+            sandbox_pool.require_isolation()
+    elif job.device.startswith("cuda"):
+        raise sandbox.SandboxUnavailable("with --no-ray this process holds the GPU, so it runs no model's programs")
+    elif not job.settings.unsafe_sandbox:
+        sandbox.require_isolation()
+
+
+def run_programs(job: Runner, codes: Sequence[str]) -> list[ProgramResult | SandboxFailed]:
+    """Run programs that the model wrote, each within the limits of the sandbox, where `check_sandbox` has looked."""
+    if not job.use_ray():
+        return sandbox.run_programs(codes, unsafe=job.settings.unsafe_sandbox)
+    from nanochat_ray.evals import sandbox_pool
+
+    return sandbox_pool.run_programs(codes, job.settings.eval_workers or available_cpus(), job.settings.unsafe_sandbox)
 
 
 def core_bundle(run: RunSettings, settings: BaseEvalSettings) -> tuple[Path | None, str]:

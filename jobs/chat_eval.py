@@ -17,11 +17,14 @@ PROBLEMS_PER_UNIT = 50
 
 
 def run(job: Job, settings: ChatEvalSettings, world_folder: Path | None) -> None:
-    from _evaluate import checkpoint_of, run_units
+    from _evaluate import check_sandbox, checkpoint_of, run_programs, run_units
 
     from nanochat_ray.messages import SamplingParams
+    from nanochat_ray.metrics.chat_eval import graded
+    from nanochat_ray.sandbox import SandboxUnavailable
     from nanochat_ray.stages.evaluation import EVAL_SEED, HELD_OUT, ChatUnit, EvalSpec, chat_task, cut
     from nanochat_ray.tasks.catalog import chat_task_names
+    from nanochat_ray.tasks.humaneval import HumanEval
     from nanochat_ray.tasks.rows import TaskDataMissing
 
     checkpoint = checkpoint_of(job, settings.source, settings.step)
@@ -46,10 +49,13 @@ def run(job: Job, settings: ChatEvalSettings, world_folder: Path | None) -> None
         tasks, units = {}, []
         for name in names + chat_task_names(settings.task_name):
             try:
-                tasks[name] = chat_task(name, sources, world_folder)
-            except TaskDataMissing as error:
+                task = chat_task(name, sources, world_folder)
+                if isinstance(task, HumanEval):
+                    check_sandbox(job)
+            except (TaskDataMissing, SandboxUnavailable) as error:
                 notes.skip(name, str(error))
                 continue
+            tasks[name] = task
             n = min(len(tasks[name]), settings.max_problems or len(tasks[name]))
             units += [
                 ChatUnit(name, indices, params, settings.batch_size) for indices in cut(range(n), PROBLEMS_PER_UNIT)
@@ -58,6 +64,15 @@ def run(job: Job, settings: ChatEvalSettings, world_folder: Path | None) -> None
         records: dict[str, list] = {name: [] for name in tasks}
         for unit, part in zip(units, found, strict=True):
             records[unit.task] += part
+        for name in tasks:
+            try:
+                records[name], left_out = graded(records[name], lambda codes: run_programs(job, codes))
+            except SandboxUnavailable as error:  # on another machine than the one that was asked
+                notes.skip(name, str(error))
+                del records[name]
+                continue
+            for index, reason in left_out.items():
+                notes.skip(f"{name} problem {index}", reason)
         write_scores(job, stage, records, notes)
 
 
@@ -66,7 +81,7 @@ def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -
     import json
 
     from nanochat_ray.corpus.world.questions import HARD_FAMILY
-    from nanochat_ray.metrics.chat_eval import summarise
+    from nanochat_ray.metrics.chat_eval import program_outcomes, summarise
     from nanochat_ray.report.records import Table, plain
     from nanochat_ray.stages.evaluation import HELD_OUT, chat_metrics
 
@@ -80,6 +95,14 @@ def write_scores(job: Job, stage: str, records: dict[str, list], notes: Notes) -
             ["task", "problems", "accuracy", "from", "to", "pass@1"],
             [[name, r.n_problems, r.accuracy, *r.interval, r.pass_at_1] for name, r in results.items()],
         )
+    programs: list[list[str | int]] = [
+        [name, isolation, outcome, n]
+        for name, found in records.items()
+        for isolation, outcomes in program_outcomes(found).items()
+        for outcome, n in sorted(outcomes.items())
+    ]
+    if programs:
+        notes.tables["Programs"] = Table(["task", "isolation", "outcome", "programs"], programs)
     for name, result in results.items():
         logger.info("chat_eval: %s %.1f %% of %d", name, 100 * result.accuracy, result.n_problems)
     if held_out:

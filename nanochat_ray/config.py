@@ -339,6 +339,9 @@ class RunSettings(Settings):
     ray: bool = Field(True, description="run on Ray; --no-ray: everything in this process")
     device_type: Literal["cpu", "cuda", "mps"] | None = Field(None, description="unset: what is there")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute; unset: by hardware")
+    unsafe_sandbox: bool = Field(
+        False, description="run the programs that a model writes without isolation where there is none"
+    )
     price_per_hour: float | None = Field(None, ge=0, description="of the whole machine, for the report's cost")
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from nanochat_ray.remote import Every, Remote, mirror_folder
 
-STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_eval", "rl", "report")
+STAGES = ("tokenizer", "tokenizer_eval", "pretrain", "base_eval", "sft", "chat_eval", "rl", "chat_eval_rl", "report")
 STAGE_OF_SOURCE = {"base": "pretrain", "sft": "sft", "rl": "rl"}  # nanochat's names of models
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from nanochat_ray.messages import FinishReason, Rollout, SamplingParams
 from nanochat_ray.metrics.scoring import Continuations, batches, tail_logits
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.sandbox import ProgramResult, SandboxFailed
 from nanochat_ray.tasks.gsm8k import FinalAnswerTask
+from nanochat_ray.tasks.humaneval import HumanEval
 from nanochat_ray.tasks.task import Conversation, Task
 from nanochat_ray.text.conversation import Prompt, render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -28,6 +30,9 @@ CHAT_CORE_TASKS = (*CATEGORICAL, "GSM8K", "HumanEval", "SpellingBee")
 LETTER_BASELINE = 0.25  # of every categorical task, also where a question has not four choices
 WILSON_Z = 1.959964  # two-sided 95 %
 MAX_TOKENS = 64 * 512
+
+RunPrograms: TypeAlias = Callable[[Sequence[str]], Sequence[ProgramResult | SandboxFailed]]
+"""Runs programs that a model wrote, somewhere; a failure of the machine stands where the result would."""
 
 
 class RolloutSource(Protocol):
@@ -46,6 +51,15 @@ class RolloutSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ProgramRun:
+    """How the program of an answer ended."""
+
+    outcome: str  # passed, failed, timeout, memory, output or crashed
+    error: str | None
+    isolation: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """One completion of a problem's prompt."""
 
@@ -55,6 +69,8 @@ class Answer:
     numeric_correct: bool | None = None  # where answers are numbers: whether they are equal as numbers
     n_tokens: int = 1
     finish_reason: FinishReason | None = None  # None: a letter that was not sampled
+    program: str | None = None  # has to run before it is known whether the answer is correct
+    run: ProgramRun | None = None  # that it did
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,8 @@ def evaluate_generative(
 ) -> list[ChatRecord]:
     """Let the model complete each problem's prompt and grade what it writes.
 
-    When sampling, each problem has a seed of its own, made of `params.seed` and its index.
+    When sampling, each problem has a seed of its own, made of `params.seed` and its index. What is graded by running it
+    comes back as programs, for `graded`: this process may hold a GPU.
     """
     conversations = [task[index] for index in indices]
     room = engine.context - min(params.max_tokens, engine.context // 2)  # an answer gets at least half of the context
@@ -165,14 +182,49 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
 
 def _grade(tokenizer: Tokenizer, task: Task, conversation: Conversation, rollout: Rollout) -> Answer:
     text = tokenizer.decode(rollout.token_ids)
+    program = task.program(conversation, text) if isinstance(task, HumanEval) else None
     return Answer(
         text=text,
         extracted=task.extract(text),
-        correct=bool(task.evaluate(conversation, text)),
+        correct=program is None and bool(task.evaluate(conversation, text)),
         numeric_correct=task.evaluate_numeric(conversation, text) if isinstance(task, FinalAnswerTask) else None,
         n_tokens=len(rollout.token_ids),
         finish_reason=rollout.finish_reason,
+        program=program,
     )
+
+
+def graded(records: Sequence[ChatRecord], run_programs: RunPrograms) -> tuple[list[ChatRecord], dict[int, str]]:
+    """The records with their programs run, and the problems that the machine failed at: index and reason.
+
+    Those are left out of the records. Nothing is run for records without programs.
+    """
+    programs = [answer.program for record in records for answer in record.answers if answer.program is not None]
+    results = iter(run_programs(programs) if programs else ())
+    found, left_out = [], {}
+    for record in records:
+        answers = []
+        for answer in record.answers:
+            result = next(results) if answer.program is not None else None
+            if isinstance(result, SandboxFailed):
+                left_out[record.index] = str(result)
+            elif result is not None:
+                run = ProgramRun(result.outcome, result.error, result.isolation)
+                answer = dataclasses.replace(answer, correct=result.success, program=None, run=run)
+            answers.append(answer)
+        if record.index not in left_out:
+            correct = any(answer.correct for answer in answers)
+            found.append(dataclasses.replace(record, correct=correct, answers=tuple(answers)))
+    return found, left_out
+
+
+def program_outcomes(records: Sequence[ChatRecord]) -> dict[str, Counter[str]]:
+    """How many programs ended in which way, by isolation."""
+    found: dict[str, Counter[str]] = {}
+    for run in (answer.run for record in records for answer in record.answers):
+        if run is not None:
+            found.setdefault(run.isolation, Counter())[run.outcome] += 1
+    return found
 
 
 def _group_of(conversation: Conversation) -> str | None:

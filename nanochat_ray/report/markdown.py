@@ -2,8 +2,9 @@
 
 What a stage's metrics are called decides where they appear in the summary: `val/bpb`, `core_metric`,
 `chatcore/<task>`, `chatcore_metric`, `chatcore_cat`, `heldout/overall` and `heldout/<family>` (shares of 1), and
-`source` of a chat evaluation; `core_metric_name` and `chatcore_metric_name` say what such a mean covers. Every other
-metric stands in its stage's section. A stage that is not known is shown after the known ones, never dropped.
+`source` of a chat evaluation; `core_metric_name` and `chatcore_metric_name` say what such a mean covers; what is called
+`before/<name>` and `after/<name>` is of the models before and after RL. Every other metric stands in its stage's
+section. A stage that is not known is shown after the known ones, never dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ from typing import Any
 from nanochat_ray.report.environment import Environment, cost, describe_environment
 from nanochat_ray.report.metrics_log import WATCH_FILE, read_lines, read_watch, without_undone
 from nanochat_ray.report.plots import draw_plots
-from nanochat_ray.report.records import Scalar, StageRecord, read_result
+from nanochat_ray.report.records import StageRecord, read_result
+from nanochat_ray.report.rl import AFTER, BEFORE, of_before_and_after, rl_parts
+from nanochat_ray.report.text import (
+    ABSENT,
+    duration,
+    fenced,
+    folded,
+    markdown_table,
+    money,
+    one_line,
+    value_text,
+    yaml_text,
+)
 from nanochat_ray.report.training import TrainingSummary, summarise
 from nanochat_ray.run_dir import CONFIG_FILE, DONE_FILE, METRICS_FILE, RESULT_FILE, STAGES, write_atomic
 
@@ -25,8 +38,8 @@ REPORT_STAGE = "report"
 REPORT_FILE = "report.md"
 BASE, SFT, RL = "BASE", "SFT", "RL"
 COLUMN_OF_STAGE = {"pretrain": BASE, "base_eval": BASE, "sft": SFT, "rl": RL}
-SHARE_PREFIXES = ("chatcore/", "heldout/")
-ABSENT = "-"
+COLUMN_OF_TIME = {BEFORE: SFT, AFTER: RL}
+RL_LABELS = {"greedy": "pass@1, greedy", "unbiased_pass@1": "pass@1, sampled", "reward_mean": "mean reward"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Stage:
     plots: Sequence[Path]
     training: TrainingSummary | None = None
     watched: Sequence[Mapping[str, Any]] = ()  # evaluations of its checkpoints by a job of their own
+    rollouts: Sequence[str] = ()  # what only a stage with rollouts has to say
 
 
 def write_report(
@@ -59,7 +73,7 @@ def write_report(
         raise FileNotFoundError(f"{run_folder} holds no stage of a run; train one first (python jobs/speedrun.py)")
     stages.sort(key=_order)
     parts = [
-        f"# nanochat-ray: {_text(run_folder.name)}",
+        f"# nanochat-ray: {one_line(run_folder.name)}",
         f"Made {made_at or time.strftime('%Y-%m-%d %H:%M:%S %z')} from the records in `{run_folder}`.",
         _summary([stage.record for stage in stages if stage.record]),
         _times(stages, price_per_hour),
@@ -91,7 +105,8 @@ def _read_stage(folder: Path, out: Path) -> Stage:
     watched = read_watch(folder / WATCH_FILE)
     plots = draw_plots([*without_undone(written), *watched], out, prefix=f"{folder.name}_")
     done = (folder / DONE_FILE).exists()
-    return Stage(folder.name, done, record, problem, plots, summarise(written), watched)
+    rollouts = rl_parts(folder, record, written)
+    return Stage(folder.name, done, record, problem, plots, summarise(written), watched, rollouts)
 
 
 def _order(stage: Stage) -> tuple[int, str, str]:
@@ -114,11 +129,10 @@ def _summary(records: Sequence[StageRecord]) -> str:
     """
     rows: dict[str, dict[str, str]] = {"val bpb, text": {}}
     for record in records:
-        column = _column(record)
         for name, value in record.metrics.items():
-            label = str(record.metrics.get(f"{name}_name") or _summary_label(name, column) or "")
+            label, column = _summary_place(record, name)
             if label and column:
-                rows.setdefault(label, {})[column] = _value(name, value)
+                rows.setdefault(label, {})[column] = value_text(name, value)
         if record.stage.startswith("chat_eval"):
             for item in record.skipped:
                 rows.setdefault(item.name, {})
@@ -128,7 +142,12 @@ def _summary(records: Sequence[StageRecord]) -> str:
     order = sorted(rows, key=_summary_order)
     body = [[label, *[rows[label].get(column, ABSENT) for column in columns]] for label in order]
     note = "Bits per byte of text and of answers are taken over different bytes and cannot be compared."
-    return f"## Summary\n\n{_table(['', *columns], body)}\n\n{note}"
+    if any(label in rows for label in RL_LABELS.values()):
+        note += (
+            " pass@1 and the reward are of prompts that RL evaluates on and never trains on; sampled, as for the mean "
+            "reward: all samples at temperature 1."
+        )
+    return f"## Summary\n\n{markdown_table(['', *columns], body)}\n\n{note}"
 
 
 def _column(record: StageRecord) -> str | None:
@@ -136,6 +155,16 @@ def _column(record: StageRecord) -> str | None:
         source = record.metrics.get("source") or record.stage.removeprefix("chat_eval").strip("_") or "sft"
         return str(source).upper()
     return COLUMN_OF_STAGE.get(record.stage)
+
+
+def _summary_place(record: StageRecord, name: str) -> tuple[str | None, str | None]:
+    """Row and column of a metric, None where it has none."""
+    when, _, rest = name.partition("/")
+    if when in COLUMN_OF_TIME:
+        return RL_LABELS.get(rest), COLUMN_OF_TIME[when]
+    column = _column(record)
+    label = record.metrics.get(f"{name}_name") or _summary_label(name, column)
+    return str(label or ""), column
 
 
 def _summary_label(name: str, column: str | None) -> str | None:
@@ -151,11 +180,12 @@ def _summary_label(name: str, column: str | None) -> str | None:
 
 
 def _summary_order(label: str) -> int:
-    """bpb, CORE, tasks as they came, ChatCORE, held-out questions with the families after all of them."""
-    for place, starts in enumerate(("val bpb", "CORE", None, "ChatCORE", "held-out questions", "held-out:")):
+    """bpb, CORE, tasks as they came, ChatCORE, RL's task, held-out questions with the families after all of them."""
+    order = ("val bpb", "CORE", None, "ChatCORE", "pass@1", "mean reward", "held-out questions", "held-out:")
+    for place, starts in enumerate(order):
         if starts and label.startswith(starts):
             return place
-    return 2
+    return order.index(None)
 
 
 def _times(stages: Sequence[Stage], price_per_hour: float | None) -> str:
@@ -166,20 +196,20 @@ def _times(stages: Sequence[Stage], price_per_hour: float | None) -> str:
             stage.name,
             "done" if stage.done else "unfinished",
             record.started_at[:19].replace("T", " ") if record else ABSENT,
-            _duration(record.seconds) if record else ABSENT,
-            _value("peak_memory_bytes", record.metrics.get("peak_memory_bytes")) if record else ABSENT,
+            duration(record.seconds) if record else ABSENT,
+            value_text("peak_memory_bytes", record.metrics.get("peak_memory_bytes")) if record else ABSENT,
         ]
         for stage, record in records
     ]
     seconds = [record.seconds for _, record in records if record]
-    body.append(["**total**", "", "", f"**{_duration(sum(seconds))}**", ""])
+    body.append(["**total**", "", "", f"**{duration(sum(seconds))}**", ""])
     if price_per_hour is not None:
         columns.append("cost")
         for row, (_, record) in zip(body, records, strict=False):
-            row.append(_money(cost(price_per_hour, record.seconds)) if record else ABSENT)
-        body[-1].append(f"**{_money(cost(price_per_hour, sum(seconds)))}**")
-    note = "" if price_per_hour is None else f"\n\nCost at {_money(price_per_hour)} per hour, as given for this report."
-    return f"## Time\n\n{_table(columns, body)}{note}"
+            row.append(money(cost(price_per_hour, record.seconds)) if record else ABSENT)
+        body[-1].append(f"**{money(cost(price_per_hour, sum(seconds)))}**")
+    note = "" if price_per_hour is None else f"\n\nCost at {money(price_per_hour)} per hour, as given for this report."
+    return f"## Time\n\n{markdown_table(columns, body)}{note}"
 
 
 def _training(stages: Sequence[Stage]) -> str:
@@ -200,12 +230,12 @@ def _training(stages: Sequence[Stage]) -> str:
     if not trained:
         return ""
     note = "Rates are medians, waits are shares of the steps' time, both without the first steps of each start."
-    return f"## Training\n\n{_table(['', *trained], rows)}\n\n{note}"
+    return f"## Training\n\n{markdown_table(['', *trained], rows)}\n\n{note}"
 
 
 def _skipped(stages: Sequence[Stage]) -> str:
     lines = [
-        f"- {_text(stage.name)}: **{_text(item.name)}**: {_text(item.reason)}"
+        f"- {one_line(stage.name)}: **{one_line(item.name)}**: {one_line(item.reason)}"
         for stage in stages
         if stage.record
         for item in stage.record.skipped
@@ -221,40 +251,43 @@ def _environment(env: Environment) -> str:
         ["code", f"commit {env.git_commit}, branch {env.git_branch}{changed}"],
         ["platform", env.platform],
         ["CPU", f"{env.cpu}, {physical} physical, {env.cpus_logical} logical"],
-        ["memory", _value("ram_bytes", env.ram_bytes)],
-        ["GPU", f"{gpus}, {_value('vram_bytes', env.vram_bytes)} together, CUDA {env.cuda}" if gpus else "none"],
+        ["memory", value_text("ram_bytes", env.ram_bytes)],
+        ["GPU", f"{gpus}, {value_text('vram_bytes', env.vram_bytes)} together, CUDA {env.cuda}" if gpus else "none"],
         ["software", f"Python {env.python}, PyTorch {env.torch}, Ray {env.ray}"],
     ]
-    return f"## Machine\n\n{_table(['', 'of the driver'], rows, numbers=False)}"
+    return f"## Machine\n\n{markdown_table(['', 'of the driver'], rows, numbers=False)}"
 
 
 def _section(stage: Stage) -> str:
-    parts = [f"## {_text(stage.name)}"]
+    parts = [f"## {one_line(stage.name)}"]
     if stage.problem:
-        parts.append(_text(stage.problem))
+        parts.append(one_line(stage.problem))
     elif not stage.done:
         parts.append("Not finished; the numbers are those of its last stop.")
     record = stage.record
-    if record and record.metrics:
-        values = [[name, _value(name, value)] for name, value in record.metrics.items()]
-        parts.append(_table(["", "value"], values, numbers=False))
+    values = [[name, value_text(name, value)] for name, value in record.metrics.items()
+              if not of_before_and_after(name)] if record else []
+    if values:
+        parts.append(markdown_table(["", "value"], values, numbers=False))
     if stage.plots:
         pictures = [f'<img src="{path.name}" alt="{path.stem}" width="49%">' for path in stage.plots]
         parts.append("\n".join(pictures))
+    parts += stage.rollouts
     if stage.watched:
         parts.append(f"### Checkpoints, evaluated beside the training\n\n{_watched(stage.watched)}")
     if record:
         for title, table in record.tables.items():
-            rows = [[_value(name, cell) for name, cell in zip(table.columns, row, strict=False)] for row in table.rows]
-            parts.append(f"### {_text(title)}\n\n{_table(table.columns, rows)}")
+            names = table.columns
+            rows = [[value_text(name, value) for name, value in zip(names, row, strict=False)] for row in table.rows]
+            parts.append(f"### {one_line(title)}\n\n{markdown_table(names, rows)}")
         if record.samples:
             shown = "\n\n".join(f"> {item.prompt or '(no prompt)'}\n{item.text.strip()}" for item in record.samples)
-            parts.append(f"### Samples\n\n{_fenced(shown, 'text')}")
+            parts.append(f"### Samples\n\n{fenced(shown, 'text')}")
         if record.config:
-            parts.append(_folded("Settings", _fenced(_yaml(record.config), "yaml")))
+            parts.append(folded("Settings", fenced(yaml_text(record.config), "yaml")))
         if record.hashes:
-            hashes = _table(["", "hash"], list(record.hashes.items()), numbers=False)
-            parts.append(_folded("Hashes of the inputs", hashes))
+            hashes = markdown_table(["", "hash"], list(record.hashes.items()), numbers=False)
+            parts.append(folded("Hashes of the inputs", hashes))
     return "\n\n".join(parts)
 
 
@@ -262,71 +295,5 @@ def _watched(records: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in ("train/bpb", "val/bpb", "core_metric") if any(name in record for record in records)]
     core = next((record["core_metric_name"] for record in records if "core_metric_name" in record), "CORE")
     columns = ["step", *[core if name == "core_metric" else name for name in names]]
-    body = [[record["step"], *[_value(name, record.get(name)) for name in names]] for record in records]
-    return _table(columns, body)
-
-
-# --- text --------------------------------------------------------------------------------------------------------
-
-
-def _value(name: str, value: Scalar) -> str:
-    """A number as its name's unit asks."""
-    if value is None:
-        return ABSENT
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if not isinstance(value, int | float):
-        return str(value)
-    if name.startswith(SHARE_PREFIXES):
-        return f"{100 * value:.1f} %"
-    if name.endswith("_bytes"):
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-    if name.endswith(("_s", "seconds", "_time")):
-        return _duration(value)
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 10**15 else f"{value:.3e}"
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
-        return f"{value:.4f}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e12 else f"{value:.3e}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _money(amount: float | None) -> str:
-    return ABSENT if amount is None else f"${amount:,.2f}"
-
-
-def _text(text: str) -> str:
-    """One line in which no character opens a table cell or an HTML tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = True) -> str:
-    """A Markdown table; `numbers` sets all columns but the first flush right."""
-    lines = [list(map(str, columns)), *[list(map(str, row)) for row in rows]]
-    cells = [[_text(cell) for cell in line] for line in lines]
-    rule = ["---", *["---:" if numbers else "---"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
-
-
-def _yaml(value: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
+    body = [[record["step"], *[value_text(name, record.get(name)) for name in names]] for record in records]
+    return markdown_table(columns, body)

@@ -1,4 +1,4 @@
-"""PNG plots of a stage's records: loss, bits per byte, CORE, rates, waits. Only what has data is drawn."""
+"""PNG plots of a stage's records: loss, bits per byte, CORE, rewards, rates, waits. Only what has data is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Plot:
     name: str
     y_label: str
     series: Mapping[str, str]
-    of_train_steps: bool = True
+    of_train_steps: bool | None = True  # of the steps' records, of the evaluations', or of both
     from_zero: bool = False
 
 
@@ -28,11 +28,17 @@ PLOTS = (
     Plot("loss", "loss (nats per token)", {"train/loss_step": "one step", "train/loss": "moving average"}),
     Plot("bpb", "bits per byte", {"train/bpb": "train", "val/bpb": "validation"}, of_train_steps=False),
     Plot("core", "CORE metric", {"core_metric": "CORE"}, of_train_steps=False),
+    Plot("reward", "mean reward", {"rollout/reward_mean": "rollouts", "eval/reward_mean": "evaluation"}, None),
+    Plot("length", "tokens sampled per completion",
+         {"rollout/length_mean": "rollouts", "eval/length_mean": "evaluation"}, None, from_zero=True),
+    Plot("pass", "share of prompts",
+         {"eval/greedy": "greedy"} | {f"eval/unbiased_pass@{k}": f"pass@{k}" for k in (1, 2, 4, 8, 16, 32)}, False),
     Plot("lr", "learning rate multiplier", {"train/lrm": "multiplier"}, from_zero=True),
     Plot("grad_norm", "gradient norm", {"train/grad_norm": "gradient norm"}, from_zero=True),
     Plot("throughput", "tokens per second", {"train/tok_per_sec": "tokens per second"}, from_zero=True),
     Plot("waits", "seconds per step",
-         {"train/data_wait_s": "for data", "train/checkpoint_stall_s": "for a checkpoint"}, from_zero=True),
+         {"train/data_wait_s": "for data", "train/checkpoint_stall_s": "for a checkpoint",
+          "rollout/wait_s": "for rollouts"}, from_zero=True),
 )
 
 
@@ -45,7 +51,7 @@ def draw_plots(records: Sequence[Mapping[str, Any]], folder: Path, prefix: str =
     for plot in PLOTS:
         series = {}
         for key, legend in plot.series.items():
-            of_kind = [r for r in records if is_train_step(r) == plot.of_train_steps and _has(r, key)]
+            of_kind = [r for r in records if plot.of_train_steps in (None, is_train_step(r)) and _has(r, key)]
             points = {r["step"]: r[key] for r in reversed(of_kind)}
             if points:
                 series[legend] = sorted(points.items())
@@ -70,7 +76,7 @@ def _png(plot: Plot, series: Mapping[str, Sequence[tuple[float, float]]]) -> byt
     axes = figure.add_subplot()
     for number, (legend, points) in enumerate(series.items()):
         steps, values = zip(*points, strict=True)
-        faint = number < len(series) - 1 and len(points) > 50  # the last series is the one to read
+        faint = number < len(series) - 1 and len(points) > 50  # a noisy one; the last series is the one to read
         marker = "o" if len(points) <= 50 else ""
         axes.plot(steps, values, label=legend, marker=marker, markersize=3, alpha=0.35 if faint else 1.0, linewidth=1.2)
     axes.set_xlabel("step")

@@ -17,6 +17,9 @@ EVALUATIONS = {
     "core_metric": ("CORE metric", 4),
     "chatcore_metric": ("ChatCORE metric", 4),
     "chatcore_cat": ("ChatCORE categorical", 4),
+    "eval/reward_mean": ("Mean reward of evaluation prompts", 4),
+    "eval/unbiased_pass@1": ("pass@1, sampled", 4),
+    "eval/greedy": ("pass@1, greedy", 4),
 }
 MIN_LINE_INTERVAL_S = 2.0
 MAX_LINE_INTERVAL_S = 60.0
@@ -26,7 +29,10 @@ LINES_PER_E_FOLD = 50  # lines while the elapsed time grows by a factor e
 class Waits:
     """What the training waited for, as shares of the steps' own time since the last time that this was shown."""
 
-    SHOWN = (("train/data_wait_s", "data wait"), ("train/checkpoint_stall_s", "checkpoint stall"))
+    SHOWN = (
+        ("train/data_wait_s", "data wait"), ("rollout/wait_s", "rollout wait"),
+        ("train/checkpoint_stall_s", "checkpoint stall"),
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.clear()
@@ -42,7 +48,7 @@ class Waits:
                 self._seen.add(name)
 
     def shares(self) -> dict[str, float]:
-        """Label -> share of 1; a checkpoint stall only where there was one."""
+        """Label -> share of 1; stalls and waits for rollouts only where there were some."""
         steps_s = self._sums["train/dt"]
         return {
             label: self._sums[name] / steps_s for name, label in self.SHOWN
@@ -64,6 +70,9 @@ def step_line(
     head = f"step {step:05d}" + (f"/{total:05d}" if total else "")
     parts = [head if done_frac is None else f"{head} ({100 * done_frac:.2f}%)"]
     for name, label, form, unit, scale in (
+        ("rollout/reward_mean", "reward", ".4f", "", 1),
+        ("rollout/length_mean", "length", ".1f", "", 1),
+        ("rollout/policy_lag", "lag", ".0f", "", 1),
         ("train/loss", "loss", ".6f", "", 1),
         ("train/lrm", "lrm", ".2f", "", 1),
         ("train/dt", "dt", ".2f", "ms", 1000),
@@ -175,6 +184,8 @@ class Progress:
         if self._total is None and done:
             self._bar.total = max(step + 1, round((step + 1) / done))
         shown = {"loss": f"{metrics['train/loss']:.4f}"}
+        if metrics.get("rollout/reward_mean") is not None:
+            shown["reward"] = f"{metrics['rollout/reward_mean']:.3f}"
         if metrics.get("train/tok_per_sec") is not None:
             shown["tok/s"] = f"{metrics['train/tok_per_sec']:,.0f}"
         shown |= {label: f"{100 * frac:.1f}%" for label, frac in self._waits.shares().items()}

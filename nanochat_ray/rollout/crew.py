@@ -100,7 +100,7 @@ class Crew:
             return self._job_ended(member, event.future, error)
         if error is not None:
             if fault_of(error) == "code" and not self._ever_loaded:
-                raise error  # a wrong setting: it would fail on every actor
+                raise plain(error) from error  # a wrong setting: it would fail on every actor
             self.replace(member, error)
         elif member.state == "placing":
             member.pid = event.future.result()
@@ -130,7 +130,7 @@ class Crew:
         self._failures += 1
         if self._failures >= self._limit:
             if isinstance(error, RayTaskError):
-                raise error
+                raise plain(error) from error
             raise ClusterError(f"{self._failures} failures of {self.kind} actors in a row, the last: {short(error)}")
 
     def replace(self, member: Member, error: BaseException) -> None:
@@ -196,6 +196,11 @@ def fault_of(error: BaseException) -> Fault:
     if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
         return "data"  # a node went, and what it held
     return "code" if isinstance(error, RayTaskError) else "actor"
+
+
+def plain(error: BaseException) -> BaseException:
+    """What was raised in an actor, without Ray's wrapping."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def free_resources() -> str:

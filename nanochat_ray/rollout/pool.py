@@ -24,7 +24,7 @@ from nanochat_ray.messages import FinishedUnit, PassedOn, Rollout, RolloutGroup,
 from nanochat_ray.model.flat_weights import flatten
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rollout.actors import Sampled, WeightsError
-from nanochat_ray.rollout.crew import Answer, Crew, Event, Member, free_resources, short
+from nanochat_ray.rollout.crew import Answer, Crew, Event, Member, free_resources, plain, short
 from nanochat_ray.rollout.scorer import unscored
 from nanochat_ray.rollout.settings import PoolNeeds, PoolPatience, PoolStats
 from nanochat_ray.rollout.starting import sampler_starter, scorer_starter
@@ -213,7 +213,7 @@ class RolloutPool:
 
     def _hear_failed(self, answer: Answer, error: Exception) -> None:
         if isinstance(error, WeightsError):
-            raise error
+            raise plain(error) from error
         work, _ = answer.job
         if answer.fault == "code":  # a whole unit that raises would raise again, and so would a wrong prompt alone
             hopeless = work.place is None or isinstance(error, ValueError)
@@ -242,7 +242,7 @@ class RolloutPool:
         elif answer.fault == "data":
             self._sample_again(scoring, answer.error)
         else:
-            raise answer.error  # of the task itself, not of a reward
+            raise plain(answer.error) from answer.error  # of the task itself, not of a reward
 
     def _scorer_failed(self, scoring: Scoring, why: str) -> None:
         scoring.failures += 1

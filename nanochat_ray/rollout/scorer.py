@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_ray.messages import PassedOn, Rollout, RolloutGroup, RolloutSplit, RolloutUnit, ScoredRollout
-from nanochat_ray.tasks.rewards import score_unit, with_terminal
+from nanochat_ray.messages import PassedOn, Rollout, RolloutGroup, RolloutUnit, ScoredRollout
+from nanochat_ray.tasks.rewards import score_unit, tool_calls, with_terminal
 from nanochat_ray.tasks.rl_task import RLTaskSpec
-from nanochat_ray.tasks.task import Conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -20,7 +19,6 @@ class ScorerActor:
     def __init__(self, task: RLTaskSpec, tokenizer_folder: Path, passed_on: PassedOn) -> None:
         passed_on.take()
         self._task_spec, self._tokenizer_folder = task, tokenizer_folder
-        self._prompts: dict[RolloutSplit, Sequence[Conversation]] = {}
 
     def hello(self) -> int:
         """The process' id: it has a place."""
@@ -33,9 +31,7 @@ class ScorerActor:
     def score(self, unit: RolloutUnit, rollouts: Sequence[Sequence[Rollout]]) -> tuple[tuple[RolloutGroup, ...], float]:
         """The unit's groups, and the seconds it took."""
         begun_s = time.perf_counter()
-        if unit.split not in self._prompts:
-            self._prompts[unit.split] = self.task.prompts(unit.split)
-        groups = score_unit(self.task, self._prompts[unit.split], self.tokenizer, unit, rollouts)
+        groups = score_unit(self.task, self.task.prompts(unit.split), self.tokenizer, unit, rollouts)
         return groups, time.perf_counter() - begun_s
 
 
@@ -45,8 +41,8 @@ def unscored(
     """The groups of a unit that could not be scored: every reward is missing, for the reason given."""
 
     def without_reward(sample: int, rollout: Rollout) -> ScoredRollout:
-        text = tokenizer.decode(rollout.token_ids)
-        return ScoredRollout(sample, *with_terminal(rollout), rollout.finish_reason, text, (), None, failure)
+        text, calls = tokenizer.decode(rollout.token_ids), tool_calls(tokenizer, rollout)
+        return ScoredRollout(sample, *with_terminal(rollout), rollout.finish_reason, text, calls, None, failure)
 
     return tuple(
         RolloutGroup(prompt, unit.version, tuple(without_reward(*one) for one in enumerate(found)))

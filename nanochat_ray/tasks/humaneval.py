@@ -1,6 +1,6 @@
 """HumanEval (arXiv:2107.03374): functions to write from their signature and docstring, graded by running tests.
 
-Here: the data, and the program text that a completion becomes. Running it needs a sandbox.
+A completion becomes a program, which runs in the sandbox, never in a process that holds a GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import re
 from typing import ClassVar
 
+from nanochat_ray.sandbox import run_program
 from nanochat_ray.tasks.rows import DataSet, TaskSources, open_rows
 from nanochat_ray.tasks.task import Conversation, EvalType, Task
 
@@ -115,3 +116,10 @@ class HumanEval(Task):
         """The program whose success decides whether the completion solves the problem."""
         prompt = conversation["messages"][0]["content"]
         return assemble_program(prompt, completion, conversation["test"], conversation["entry_point"])
+
+    def extract(self, completion: str) -> str | None:
+        return extract_program(completion)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Run the tests here, in the sandbox. Raises SandboxUnavailable and SandboxFailed."""
+        return run_program(self.program(conversation, completion)).success

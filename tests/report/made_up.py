@@ -1,4 +1,5 @@
-"""A made-up run folder: five known stages, one of them interrupted, and one unknown; NaN and awkward texts included."""
+"""A made-up run folder: five known stages, one of them interrupted, and one unknown; NaN and awkward texts included.
+And one of reinforcement learning, to put beside them."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from pathlib import Path
 
 from nanochat_ray.report.environment import Environment
 from nanochat_ray.report.metrics_log import WATCH_FILE, MetricsLog
-from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, write_result
-from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE
+from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, plain, write_result
+from nanochat_ray.report.rl import AFTER, BEFORE, SAMPLES_FILES, RLSample
+from nanochat_ray.run_dir import DONE_FILE, METRICS_FILE, write_json
 
 ENVIRONMENT = Environment(
     git_branch="main", git_commit="abc1234", git_dirty=True, platform="Linux-6.1", cpu="A CPU", cpus_physical=8,
@@ -86,3 +88,59 @@ def make_run(root: Path) -> Path:
             (run / record.stage / DONE_FILE).write_text("{}")
     (run / "notes").mkdir()
     return run
+
+
+RL_STEPS, RL_EVAL_EVERY, RESTART = 60, 20, -1
+QUESTION = "What is 6 times 7?"
+AWKWARD = "a|b <b>x</b> ![p](http://x/y.png) *z*\n#### 7"
+
+
+def make_rl(run: Path) -> Path:
+    """A finished stage of RL that was started twice, and the evaluation of its model."""
+    folder = run / "rl"
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder / METRICS_FILE)
+    for step in [*range(30), RESTART, *range(25, RL_STEPS)]:
+        if step == RESTART:
+            log.append({"event": "start", "time": 1.0})
+            continue
+        if step % RL_EVAL_EVERY == 0:
+            log.append({"step": step, **rl_evaluation(step)})
+        log.append({
+            "step": step, "rollout/reward_mean": 0.3 + 0.005 * step, "rollout/length_mean": 60 - 0.2 * step,
+            "rollout/policy_lag": 1, "rollout/zero_advantage_frac": 0.25, "rollout/masked": 2 * (step == 7),
+            "rollout/set_aside": int(step == 40), "rollout/generate_s": 1.0, "rollout/score_s": 0.1,
+            "rollout/wait_s": 0.5, "train/update_s": 0.4, "train/publish_s": 0.1, "train/dt": 2.0,
+            "train/loss": math.sin(step) / 10, "train/grad_norm": 0.5, "train/lrm": 1 - step / RL_STEPS,
+            "train/tok_per_sec": 4000,
+            **({"rollout/left_out": {"world/train/17": "failed 3 times: <killed>"}} if step == 40 else {}),
+        })
+    log.append({"step": RL_STEPS, **rl_evaluation(RL_STEPS)})
+    log.close()
+    metrics = {
+        f"{when}/{name.removeprefix('eval/')}": value
+        for when, step in ((BEFORE, 0), (AFTER, RL_STEPS)) for name, value in rl_evaluation(step).items()
+    }
+    write_result(folder, StageRecord("rl", "2026-11-20T12:00:00+0000", 140.0, {"num_iterations": RL_STEPS, **metrics}))
+    before = [
+        RLSample("q1", QUESTION, "Is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.", 0.0),
+        RLSample("q1", QUESTION, "another sample of it", 1.0),
+        RLSample("q2", AWKWARD, AWKWARD, None),
+    ]
+    after = [
+        RLSample("q2", AWKWARD, "<|python_start|>6*<|python_end|>" + "y" * 900, 1.0),
+        RLSample("q1", QUESTION, "", 1.0),
+    ]
+    write_json(folder / SAMPLES_FILES[BEFORE], plain(before))
+    write_json(folder / SAMPLES_FILES[AFTER], plain(after))
+    metrics = {"source": "rl", "heldout/overall": 0.96, "chatcore/GSM8K": 0.05}
+    write_result(run / "chat_eval_rl", StageRecord("chat_eval_rl", "2026-11-20T12:03:00+0000", 10.0, metrics))
+    return run
+
+
+def rl_evaluation(step: int) -> dict[str, float]:
+    p = 0.4 + 0.005 * step
+    return {
+        "eval/pass@1": p + 0.01, "eval/pass@2": p + 0.1, "eval/unbiased_pass@1": p, "eval/unbiased_pass@2": p + 0.12,
+        "eval/greedy": p + 0.2, "eval/reward_mean": p, "eval/length_mean": 60.5 - 0.2 * step,
+    }

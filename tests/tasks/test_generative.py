@@ -59,11 +59,10 @@ def test_imports_over_lines():
     assert extract_imports(prompt) == "from a import (\n    b,  # why\n    c,\n)\nimport d, \\\n    e"
 
 
-def test_humaneval_does_not_grade_without_a_sandbox(tmp_path, offline):
+def test_a_completion_of_humaneval_becomes_a_program(tmp_path, offline):
     row = {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "entry_point": "f", "test": "T"}
     write_jsonl(tmp_path / "human_eval/HumanEval.jsonl", [row])
     task = HumanEval(TaskSources(tmp_path))
     assert task[0]["messages"][1]["content"] == "def f():\n\n    return 1\n"
     assert task.program(task[0], "```\ndef f(): return 1\n```") == "\n\ndef f(): return 1\n\nT\ncheck(f)"
-    with pytest.raises(ValueError, match="no right answers"):
-        task.evaluate(task[0], "x")
+    assert task.extract("so:\n```\ndef f(): return 1\n```\nthat is all") == "def f(): return 1"

@@ -182,25 +182,26 @@ def test_scorers_need_no_torch():
 
 # --- task files ------------------------------------------------------------------------------------------------------
 
-COUNT = '''
-"""Counting: `python jobs/rl.py --task count.py`."""
+EXAMPLE = '''
+"""Reversing lists: `python jobs/rl.py --task reverse.py`."""
 
+import random
+
+WORDS = "apple basket bridge candle cloud feather garden kettle lantern mountain paper pencil river window".split()
 tools = ()  # the calculator would be no help
 
 
 def prompts(split):
-    starts = range(1, 80) if split == "train" else range(80, 100)
-    return [
-        {"prompt": f"Count from {start} to {start + n}.", "answer": [str(start + k) for k in range(n + 1)]}
-        for start in starts
-        for n in (2, 3, 4)
-    ]
+    rng = random.Random(split)  # the same prompts in every process
+    lists = [rng.sample(WORDS, rng.randint(3, 6)) for _ in range(1000 if split == "train" else 100)]
+    return [{"prompt": f"List these words in reverse order: {', '.join(a)}.", "answer": a[::-1]} for a in lists]
 
 
 async def reward(conversation, completion):
-    wanted, written = conversation["answer"], completion.replace(",", " ").split()
-    n_right = sum(a == b for a, b in zip(wanted, written))
-    return n_right / max(len(wanted), len(written))
+    """The share of words that stand where they should."""
+    wanted = conversation["answer"]
+    written = completion.rstrip(".").rpartition(": ")[2].split(", ")
+    return sum(a == b for a, b in zip(wanted, written)) / max(len(wanted), len(written))
 '''
 
 
@@ -212,7 +213,7 @@ def write_task(folder: Path, text: str) -> Path:
 
 def readme_example() -> str:
     marked = README.read_text().partition("<!-- rl task example -->")[2]
-    return marked.partition("```python\n")[2].partition("```")[0] or COUNT
+    return marked.partition("```python\n")[2].partition("```")[0] or EXAMPLE
 
 
 def test_the_example_of_the_readme(tmp_path):
@@ -221,9 +222,12 @@ def test_the_example_of_the_readme(tmp_path):
     spec = open_task(task=write_task(tmp_path, text))
     task = spec.open()
     train, val = task.prompts("train"), task.prompts("val")
-    assert len(train) == 237 and len(val) == 60 and task.tools == ()
-    assert train[0]["messages"][0] == {"role": "user", "content": "Count from 1 to 3."}
-    assert graded(spec, train[0], "1 2 3", "1, 2, 3", "1 2 4", "2 3", "", "1 2 3 4") == [1, 1, 2 / 3, 0, 0, 0.75]
+    assert len(train) == 1000 and len(val) == 100 and task.tools == ()
+    words = train[0]["answer"]
+    assert train[0]["messages"][0]["content"] == f"List these words in reverse order: {', '.join(words[::-1])}."
+    said = ["Backwards they are: " + ", ".join(those) + "." for those in (words, words[:-1], words[::-1][:-1], [])]
+    n = len(words)
+    assert graded(spec, train[0], *said, "") == [1, (n - 1) / n, pytest.approx(0, abs=1 / n), 0, 0]
 
 
 PLAIN = """

@@ -1,0 +1,286 @@
+"""One isolated process from its start to its certain end, watched from outside: time, output, the tree's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import select
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Literal
+
+from nanochat_ray.sandbox.inside import READY
+from nanochat_ray.sandbox.isolation import Isolation, command
+from nanochat_ray.sandbox.result import SandboxFailed
+from nanochat_ray.sandbox.seccomp import filter_bytes
+
+OUTPUT_BYTES = 64 << 10  # kept of each of stdout and stderr
+FILE_BYTES, OPEN_FILES = 16 << 20, 64
+PROCESSES = 32  # and threads, of one program
+START_TIMEOUT_S, END_TIMEOUT_S = 30.0, 30.0
+WATCH_EVERY_S = 0.05
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1",
+    "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+
+Ending = Literal["itself", "timeout", "memory", "output"]
+
+
+@dataclass
+class Ended:
+    """What is known of a process that is gone."""
+
+    stdout: bytes
+    stderr: bytes
+    result: bytes  # what came over the pipe that only inside.py knows
+    ending: Ending
+    status: int  # as a shell has it: 128 + the number of the signal that ended it
+    seconds: float  # from the program's start
+
+
+@dataclass
+class Running:
+    """A started process and this side's ends of its pipes."""
+
+    process: subprocess.Popen[bytes]
+    ended_fd: int  # readable when the process has ended
+    control: FileIO  # takes the token and the program
+    outputs: dict[str, FileIO]  # stdout, stderr, result, info
+    received: dict[str, bytearray] = field(default_factory=dict)
+    first_fd: int | None = None  # the first process of the program's namespace: all others end with it
+    first_pid: int = 0
+
+    def read(self, name: str) -> bool:
+        """Take what is there; False at a stream's end."""
+        data = self.outputs[name].read(OUTPUT_BYTES)
+        self.received[name] += data or b""
+        return data is None or len(data) > 0
+
+    def forget(self) -> None:
+        """Close what is neither a pipe nor `ended_fd`."""
+        if self.first_fd is not None:
+            os.close(self.first_fd)
+
+    def flooded(self) -> bool:
+        return any(len(data) > OUTPUT_BYTES for data in self.received.values())
+
+    def end(self) -> None:
+        """Kill every process of it, and wait until all of them are gone. SandboxFailed if they do not go."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.first_fd is not None:
+                signal.pidfd_send_signal(self.first_fd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, signal.SIGKILL)  # the launcher's; without isolation the program's
+        if not all(wait_readable(fd, END_TIMEOUT_S) for fd in (self.first_fd, self.ended_fd) if fd is not None):
+            raise SandboxFailed(f"the processes of a program could not be ended in {END_TIMEOUT_S:.0f} s")
+        self.process.wait()
+
+
+def run_isolated(
+    isolation: Isolation, source: bytes, token: bytes, timeout_s: float, memory_bytes: int, folder: str
+) -> Ended:
+    """Run a program's source. `folder` is its working folder where nothing is isolated, else empty.
+
+    Raises SandboxFailed if it could not be started, or not be ended. Nothing is left of it in any case.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            running = start(stack, isolation, timeout_s, memory_bytes, folder)
+        except OSError as error:
+            raise SandboxFailed(f"no process could be started: {error}") from error
+        stack.callback(running.end)
+        wait_until_ready(running, has_info=isolation != "none")
+        prefer_as_victims(running)
+        begun = time.monotonic()
+        ending = watch(running, token + source, begun + timeout_s, memory_bytes)
+        seconds = time.monotonic() - begun
+        running.end()
+        for name, stream in running.outputs.items():
+            while not running.flooded() and wait_readable(stream.fileno(), 0) and running.read(name):
+                pass
+        if ending == "itself" and running.flooded():
+            ending = "output"
+        code = running.process.returncode
+        received = {name: bytes(data[:OUTPUT_BYTES]) for name, data in running.received.items()}
+        return Ended(received["stdout"], received["stderr"], received["result"], ending,
+                     code if code >= 0 else 128 - code, seconds)  # fmt: skip
+
+
+def start(
+    stack: contextlib.ExitStack, isolation: Isolation, timeout_s: float, memory_bytes: int, folder: str
+) -> Running:
+    limits = {
+        "RLIMIT_CPU": math.ceil(timeout_s) + 1, "RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": FILE_BYTES,
+        "RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_NPROC": PROCESSES, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_MEMLOCK": 0,
+    }  # fmt: skip
+    if isolation == "none":
+        del limits["RLIMIT_NPROC"]  # outside of a namespace it counts all processes of the user
+    with contextlib.ExitStack() as theirs:
+        outputs, given = {}, {}
+        for name in ("stdout", "stderr", "result", "info"):
+            outputs[name], given[name] = pipe(stack, theirs)
+            os.set_blocking(outputs[name].fileno(), False)
+        given["control"], control = pipe(theirs, stack)
+        os.set_blocking(control.fileno(), False)
+        if isolation == "bwrap" and filter_bytes():
+            given["filter"], filter_end = pipe(theirs, theirs)
+            filter_end.write(filter_bytes())
+            filter_end.close()
+        fds = {name: file.fileno() for name, file in given.items()}
+        process = subprocess.Popen(
+            command(isolation, fds["control"], fds["result"], fds["info"], fds.get("filter"), limits),
+            stdin=subprocess.DEVNULL, stdout=given["stdout"], stderr=given["stderr"],
+            pass_fds=[fd for name, fd in fds.items() if name not in ("stdout", "stderr")],
+            env=ENVIRONMENT | ({"HOME": folder, "TMPDIR": folder} if folder else {}), cwd=folder or "/",
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        ended_fd = os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
+    stack.callback(os.close, ended_fd)
+    running = Running(process, ended_fd, control, outputs, {name: bytearray() for name in outputs})
+    stack.callback(running.forget)
+    return running
+
+
+def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """A pipe whose ends are closed with these."""
+    read_fd, write_fd = os.pipe()
+    return reader.enter_context(FileIO(read_fd, "rb")), writer.enter_context(FileIO(write_fd, "wb"))
+
+
+def wait_readable(fd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+def wait_until_ready(running: Running, has_info: bool) -> None:
+    """Wait until the inner side has been set up and asks for the program. SandboxFailed with what it wrote if it fails.
+
+    The first process of the namespace cannot go before it gets a program, so its number is still its own when it is
+    turned into a descriptor.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    result, info = running.received["result"], running.received["info"]
+    with selectors.DefaultSelector() as selector:
+        for name in ("stderr", "result", "info"):
+            selector.register(running.outputs[name], selectors.EVENT_READ, name)
+        while not result.startswith(READY) or (has_info and running.first_fd is None):
+            events = selector.select(deadline - time.monotonic())
+            over = [key for key, _ in events if not running.read(key.data)]
+            if not events or running.outputs["result"] in [key.fileobj for key in over]:
+                raise SandboxFailed(f"an isolated process could not be set up: {last_words(running)}")
+            for key in over:
+                selector.unregister(key.fileobj)
+            if b"}" in info and running.first_fd is None:
+                running.first_pid = json.loads(info)["child-pid"]
+                running.first_fd = os.pidfd_open(running.first_pid)
+    del result[: len(READY)]
+
+
+def last_words(running: Running) -> str:
+    """What a process that failed to be set up says about it."""
+    while wait_readable(running.outputs["stderr"].fileno(), 0.2) and running.read("stderr"):
+        pass
+    return running.received["stderr"].decode("utf-8", "replace").strip().split("\n")[-1] or "no answer"
+
+
+def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> Ending:
+    """Send the program and wait for its end, or a reason to end it."""
+    rest = memoryview(sent)
+    with selectors.DefaultSelector() as selector:
+        for name in ("stdout", "stderr", "result"):
+            selector.register(running.outputs[name], selectors.EVENT_READ, name)
+        selector.register(running.ended_fd, selectors.EVENT_READ, "ended")
+        selector.register(running.control, selectors.EVENT_WRITE, "control")
+        next_look = time.monotonic() + WATCH_EVERY_S
+        while True:
+            now = time.monotonic()
+            if now >= deadline:
+                return "timeout"
+            if now >= next_look:
+                if tree_bytes(running.first_pid, memory_bytes) > memory_bytes:
+                    return "memory"
+                next_look = time.monotonic() + WATCH_EVERY_S
+            for key, _ in selector.select(max(0.0, min(deadline, next_look) - now)):
+                if key.data == "ended":
+                    return "itself"
+                if key.data == "control":
+                    rest = rest[send(running.control, rest) :]
+                    if not rest:
+                        selector.unregister(running.control)
+                        running.control.close()
+                elif not running.read(key.data):
+                    selector.unregister(key.fileobj)
+            if running.flooded():
+                return "output"
+
+
+def send(control: FileIO, rest: memoryview) -> int:
+    """Write what the pipe takes; all of it counts as written if nobody reads any more."""
+    try:
+        return control.write(rest) or 0
+    except BrokenPipeError:
+        return len(rest)
+
+
+# --- the tree of processes -------------------------------------------------------------------------------------------
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and its descendants; some may be gone meanwhile. Empty for 0."""
+    waiting = [pid] if pid else []
+    while waiting:
+        parent = waiting.pop()
+        yield parent
+        with contextlib.suppress(OSError):
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    waiting += map(int, children.read_text().split())
+
+
+def tree_bytes(first_pid: int, enough: int) -> int:
+    """Memory that a program's processes hold together, shared pages counted once.
+
+    A single process has its own limit by the kernel, so nothing is read for one.
+    """
+    pids = [pid for pid in tree(first_pid) if pid != first_pid]
+    total = 0
+    for pid in pids if len(pids) > 1 else []:
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+        if total > enough:
+            break
+    return total
+
+
+def prefer_as_victims(running: Running) -> None:
+    """Let the kernel, should the machine's memory run out, end this program rather than anything else."""
+    for pid in tree(running.first_pid):
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def machine_oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory since it started."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
