@@ -124,7 +124,7 @@ def test_kill_rollout_actors_trainer_and_driver(calm, tmp_path):
                 end(orphans)
             else:
                 end(victims(process.pid, name)[:1])
-        elif time.monotonic() - killed_at > KILL_EVERY_S and (actors := victims(process.pid, "ray::rollout m rl")):
+        elif time.monotonic() - killed_at > KILL_EVERY_S and (actors := victims(process.pid, "ray::RolloutActor")):
             end(actors[:1])
             kills["RolloutActor"] += 1
             killed_at = time.monotonic()
