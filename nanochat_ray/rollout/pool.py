@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often deadlines are looked at
 REMEMBERED_UNITS = 64  # whose durations make the deadline
+FETCH_TIMEOUT_S = 30.0  # of one unit's rollouts
 
 
 @dataclass(eq=False)
@@ -68,7 +69,7 @@ class ElsewhereRollouts:
 class RolloutPool:
     """A `RolloutSource` whose work is done by actors outside the caller's placement group.
 
-    Units are sampled in the order of submission, by whichever actor is idle, and scored by other actors. What the pool
+    Units are sampled in the order of their steps, by whichever actor is idle, and scored by other actors. What the pool
     cannot get over is raised by the next call of any method: ClusterError, or an actor's own error in loading.
     """
 
@@ -251,7 +252,7 @@ class RolloutPool:
             return
         unit = scoring.work.unit
         try:
-            rollouts: list[list[Rollout]] = ray.get(scoring.rollouts)
+            rollouts: list[list[Rollout]] = ray.get(scoring.rollouts, timeout=FETCH_TIMEOUT_S)
         except RayError as error:
             self._sample_again(scoring, error)
             return

@@ -28,9 +28,9 @@ class Work:
     sampled: bool = False  # its rollouts exist and are being scored
 
     @property
-    def order(self) -> tuple[int, int]:
-        """What was submitted first goes first."""
-        return self.trial.number, self.place or 0
+    def order(self) -> tuple[int, int, int]:
+        """What is needed first goes first: an evaluation before what later steps learn from."""
+        return self.unit.step, self.trial.number, self.place or 0
 
 
 class Trial:

@@ -271,6 +271,17 @@ def test_a_wrong_setting_surfaces_as_it_is(make_pool, spec, tmp_path):
     pool.close()
 
 
+def test_weights_of_another_shape_are_no_prompts_fault(make_pool, spec):
+    pool = make_pool(1)
+    pool.publish(0, GPT.build(CONFIG.model_copy(update={"n_layer": 3})))
+    pool.submit([unit(0, 0)])
+    with pytest.raises(ValueError, match="version 0 of the weights: weights do not fit"):
+        list(pool.finished([unit(0, 0)]))
+    pool.close()
+    with pytest.raises(ValueError, match="0 rollout workers"):
+        make_pool(0)
+
+
 def test_what_gets_no_place_says_so_and_gives_up(make_pool, caplog):
     pool = make_pool(2, cpus=100.0, start_timeout_s=1.0, speak_every_s=0.3)
     pool.publish(0, MODELS[0])
@@ -282,6 +293,24 @@ def test_what_gets_no_place_says_so_and_gives_up(make_pool, caplog):
         pool.submit([unit(1, 0)])
     pool.close()
     pool.close()
+
+
+def test_an_evaluation_goes_before_later_steps():
+    train, later = Trial(unit(0, 0, step=5), 0, 2, 2), Trial(unit(1, 0, step=5), 1, 2, 2)
+    evaluation = Trial(dataclasses.replace(unit(0, 0, step=4), split="val"), 2, 2, 2)
+    opened = [*later.open, *train.open, *evaluation.open]
+    assert [work.trial for work in sorted(opened, key=lambda work: work.order)] == [evaluation, train, later]
+
+
+def test_whose_fault_an_error_is():
+    from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+
+    from nanochat_ray.rollout.crew import fault_of
+
+    lost = ObjectLostError("00", "here", "there")
+    found = [fault_of(error) for error in (ActorDiedError(), lost, RayTaskError("f", "", lost), TimeoutError())]
+    assert found == ["actor", "data", "data", "actor"]
+    assert fault_of(RayTaskError("f", "", KeyError("k"))) == "code"
 
 
 def test_a_unit_that_dies_by_chance_is_sampled_whole():
