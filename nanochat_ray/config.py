@@ -267,8 +267,6 @@ class RLSettings(Settings):
 
     @model_validator(mode="after")
     def _checks(self) -> RLSettings:
-        if self.task and self.prompts:
-            raise ValueError("task and prompts: a task's file has its own prompts; give one of the two")
         if self.rollout_workers == 0 and self.async_steps:
             raise ValueError(
                 f"async_steps {self.async_steps} with rollout_workers 0: training workers that sample themselves take "

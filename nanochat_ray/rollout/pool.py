@@ -50,6 +50,9 @@ class Scoring:
     failures: int = 0
 
 
+COUNTS = ("actors", "restarts", "requeued", "reissued", "fetch_s", "busy_s")  # of PoolStats, for the metrics
+
+
 class ElsewhereRollouts:
     """The pool for the ranks that have none: rank 0 alone has actors, and gives what they finish to the others."""
 
@@ -61,6 +64,9 @@ class ElsewhereRollouts:
 
     def finished(self, units: Sequence[RolloutUnit]) -> Iterator[FinishedUnit]:
         return iter(())
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         return None
@@ -148,6 +154,10 @@ class RolloutPool:
                 self._samplers.alive, self._samplers.restarts + self._scorers.restarts, self._requeued, self._reissued,
                 self._set_aside, self._unscored, self._publish_s, self._fetch_s, self._busy_s,
             )
+
+    def counts(self) -> dict[str, float]:
+        stats = self.stats()
+        return {name: getattr(stats, name) for name in COUNTS}
 
     def close(self) -> None:
         """End the actors. May be called again."""

@@ -20,6 +20,7 @@ from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
 from nanochat_ray.model.optim import Rates
 from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.report.environment import peak_memory_bytes
+from nanochat_ray.report.rl import AFTER, BEFORE, SAMPLES_FILES
 from nanochat_ray.run_dir import CHECKPOINTS, write_atomic
 from nanochat_ray.stages.hooks import Hooks
 from nanochat_ray.stages.losses import LearningStep, learning_step, micro_batch
@@ -248,6 +249,9 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def rollout_metrics(groups: Sequence[RolloutGroup], learning: LearningStep, step: int) -> dict[str, Any]:
     """What a step's rollouts were like."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    left_out = {group.prompt.id: group.set_aside for group in groups if group.set_aside}
+    for group in groups:
+        left_out |= {f"{group.prompt.id} sample {r.sample}": r.failure for r in group.rollouts if r.failure}
     alike = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) <= 1]
     return {f"rollout/{name}": value for name, value in reward_metrics(groups).items()} | {
         "rollout/policy_lag": fmean(step - group.version for group in groups),
@@ -256,7 +260,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], learning: LearningStep, step
         "rollout/set_aside": sum(group.set_aside is not None for group in groups),
         "rollout/truncated_frac": fmean(rollout.finish_reason == "length" for rollout in rollouts) if rollouts else 0.0,
         "rollout/trained_tokens": learning.n_targets,
-    }
+    } | ({"rollout/left_out": left_out} if left_out else {})
 
 
 def evaluate(job: RLJob, desk: Desk, step: int, world: World) -> dict[str, float]:
@@ -269,7 +273,7 @@ def evaluate(job: RLJob, desk: Desk, step: int, world: World) -> dict[str, float
         shown = [f"{name} {scores[name]:.3f}" for name in ("pass@1", "greedy", "reward_mean") if name in scores]
         logger.info("step %d: %s", step, ", ".join(shown))
         if step in (0, desk.plan.n_steps):
-            path = job.stage_folder / ("samples_before.json" if step == 0 else "samples_after.json")
+            path = job.stage_folder / SAMPLES_FILES[AFTER if step else BEFORE]
             write_atomic(path, json.dumps(samples(desk, sampled), indent=1, ensure_ascii=False) + "\n")
     return scores
 

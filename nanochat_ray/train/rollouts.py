@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 from nanochat_ray.messages import PassedOn, World
 from nanochat_ray.rollout.pool import ElsewhereRollouts, RolloutPool
 from nanochat_ray.stages.rl import RLJob, plain_rollouts
 from nanochat_ray.stages.rollouts import RolloutSource
-
-
-class PoolOfTheStage(RolloutPool):
-    """The pool, with what it counts by the names of metrics."""
-
-    def counts(self) -> dict[str, float]:
-        stats = dataclasses.asdict(self.stats())
-        return {name: stats[name] for name in ("actors", "restarts", "requeued", "reissued", "fetch_s", "busy_s")}
 
 
 def open_rollouts(
@@ -28,4 +19,4 @@ def open_rollouts(
     if world.rank:
         return ElsewhereRollouts()
     spec = job.rollout_spec(world.device.split(":")[0])
-    return PoolOfTheStage(spec, workers, job.settings.score_workers, passed_on=passed_on, beat=beat)
+    return RolloutPool(spec, workers, job.settings.score_workers, passed_on=passed_on, beat=beat)

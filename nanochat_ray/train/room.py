@@ -45,7 +45,7 @@ class Workers:
         return count if self.use_gpu else 1
 
     def beside(self, count: int) -> list[dict[str, float]]:
-        """What must run beside `count` workers: packing, or one process that samples; further ones take what is left."""
+        """What must run beside `count` workers: packing, or a process that samples; further ones take what is left."""
         if self.rollout_workers is None:
             return [{"CPU": 1.0}] * self.data_actors(count)
         sampling = {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})

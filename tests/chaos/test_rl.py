@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _runtime import available_cpus
 
 from nanochat_ray.config import PretrainSettings
+from nanochat_ray.messages import RolloutGroup
 from nanochat_ray.run_dir import CONFIG_FILE, RunDir, write_json
 from nanochat_ray.stages.rollout_log import ROLLOUTS, RolloutLog
 from tests.jobs.running import end, run, start
@@ -35,8 +37,8 @@ async def reward(conversation, completion):
     return sum(letter < "P" for letter in completion) / max(1, len(completion))
 """
 FLAGS = (
-    "--model-tag", "m", "--dtype", "float32", "--num-epochs", EPOCHS, "--examples-per-step", PER_STEP, "--num-samples", 4,
-    "--prompts-per-unit", 1, "--max-new-tokens", 6, "--eval-every", -1, "--eval-examples", 2, "--eval-samples", 2,
+    "--model-tag", "m", "--dtype", "float32", "--num-epochs", EPOCHS, "--examples-per-step", PER_STEP,
+    "--num-samples", 4, "--prompts-per-unit", 1, "--max-new-tokens", 6, "--eval-every", -1, "--eval-examples", 2, "--eval-samples", 2,
     "--save-every", 3, "--matrix-lr", 0.05, "--init-lr-frac", 1, "--hang-s", 60,
 )  # fmt: skip
 
@@ -61,11 +63,11 @@ def weights(folder: RunDir) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def trained(folder: RunDir) -> list[list[str]]:
-    """Ids of the prompts of each step."""
+def trained(folder: RunDir) -> list[list[RolloutGroup]]:
+    """The groups of each step."""
     log = RolloutLog(folder.stage("rl") / ROLLOUTS)
     steps = [log.units("train", step) for step in range(STEPS)]
-    return [[group.prompt.id for number in sorted(units) for group in units[number]] for units in steps]
+    return [[group for number in sorted(units) for group in units[number]] for units in steps]
 
 
 def steps_done(folder: RunDir) -> int:
@@ -87,10 +89,10 @@ def victims(driver: int, name: str) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> RunDir:
-    """An undisturbed run, in one process."""
+    """An undisturbed run, in one process with as many threads as the one worker has."""
     storage = tmp_path_factory.mktemp("calm")
     folder = prepare(storage)
-    code, out = run(storage, *command(storage), "--no-ray")
+    code, out = run(storage, *command(storage), "--no-ray", OMP_NUM_THREADS=str(available_cpus()))
     assert code == 0, out
     return folder
 
@@ -131,7 +133,7 @@ def test_kill_rollout_actors_trainer_and_driver(calm, tmp_path):
     assert code == 0, said()
     assert not due and kills["RolloutActor"] >= 3, kills
     assert trained(folder) == trained(calm)
-    asked = Counter(prompt for step in trained(folder) for prompt in step)
+    asked = Counter(group.prompt.id for step in trained(folder) for group in step)
     assert len(asked) == N_PROMPTS and set(asked.values()) == {EPOCHS}
     assert weights(folder) == weights(calm)
     result = json.loads((folder.stage("rl") / "result.json").read_text())
@@ -140,6 +142,7 @@ def test_kill_rollout_actors_trainer_and_driver(calm, tmp_path):
 
 def test_the_log_replays_a_run_from_the_command_line(calm, tmp_path):
     folder = prepare(tmp_path)
-    code, out = run(tmp_path, *command(tmp_path), "--no-ray", "--replay", str(calm.stage("rl") / ROLLOUTS))
+    replay = "--replay", str(calm.stage("rl") / ROLLOUTS)
+    code, out = run(tmp_path, *command(tmp_path), "--no-ray", *replay, OMP_NUM_THREADS=str(available_cpus()))
     assert code == 0, out
     assert weights(folder) == weights(calm)

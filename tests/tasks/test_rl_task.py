@@ -182,28 +182,6 @@ def test_scorers_need_no_torch():
 
 # --- task files ------------------------------------------------------------------------------------------------------
 
-EXAMPLE = '''
-"""Reversing lists: `python jobs/rl.py --task reverse.py`."""
-
-import random
-
-WORDS = "apple basket bridge candle cloud feather garden kettle lantern mountain paper pencil river window".split()
-tools = ()  # the calculator would be no help
-
-
-def prompts(split):
-    rng = random.Random(split)  # the same prompts in every process
-    lists = [rng.sample(WORDS, rng.randint(3, 6)) for _ in range(1000 if split == "train" else 100)]
-    return [{"prompt": f"List these words in reverse order: {', '.join(a)}.", "answer": a[::-1]} for a in lists]
-
-
-async def reward(conversation, completion):
-    """The share of words that stand where they should."""
-    wanted = conversation["answer"]
-    written = completion.rstrip(".").rpartition(": ")[2].split(", ")
-    return sum(a == b for a, b in zip(wanted, written)) / max(len(wanted), len(written))
-'''
-
 
 def write_task(folder: Path, text: str) -> Path:
     path = folder / "mine.py"
@@ -213,7 +191,7 @@ def write_task(folder: Path, text: str) -> Path:
 
 def readme_example() -> str:
     marked = README.read_text().partition("<!-- rl task example -->")[2]
-    return marked.partition("```python\n")[2].partition("```")[0] or EXAMPLE
+    return marked.partition("```python\n")[2].partition("```")[0]
 
 
 def test_the_example_of_the_readme(tmp_path):
