@@ -7,8 +7,7 @@ it, gives up its rights and forks the program.
 
 import ctypes
 import os
-import signal
-from collections.abc import Callable
+from _collections_abc import Callable  # `collections` takes longer to import than all else here
 
 # linux/sched.h, linux/mount.h, linux/prctl.h, linux/capability.h, and the system call tables
 NEW_NS, NEW_CGROUP, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
@@ -19,6 +18,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 )  # fmt: skip
 MS_OF_STATVFS = {2: MS_NOSUID, 4: MS_NODEV, 8: MS_NOEXEC, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 MNT_DETACH = 2
+SIGKILL = 9  # the module `signal` takes long to import
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 CAPABILITY_VERSION_3 = 0x20080522
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -55,12 +55,12 @@ def enter(
         os.write(info_fd, b'{"child-pid": %d}' % first)
         os.closerange(0, 1 << 16)  # no pipe is kept open by those who only wait
         os._exit(status_of(os.waitpid(first, 0)[1]))
-    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
+    check(libc.prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl")
     os.close(info_fd)
     build(tree, binds, devices, empty, scratch, scratch_options)
     if is_root:
         become_nobody(tree, uid)
-        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")  # another user: the kernel has forgotten it
+        check(libc.prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl")  # another user: the kernel has forgotten it
     else:
         os.chroot(tree)
         give_up_capabilities()

@@ -11,14 +11,14 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Literal
 
 from nanochat_ray.sandbox.inside import READY
-from nanochat_ray.sandbox.isolation import Isolation, command
+from nanochat_ray.sandbox.isolation import SCRATCH, SCRATCH_FILES, Isolation, command
 from nanochat_ray.sandbox.result import SandboxFailed
 from nanochat_ray.sandbox.seccomp import filter_bytes
 
@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
-Ending = Literal["itself", "timeout", "memory", "output"]
+Ending = Literal["itself", "timeout", "memory", "files", "output"]
 
 
 @dataclass
@@ -111,6 +111,8 @@ def run_isolated(
         if ending == "itself" and running.flooded():
             ending = "output"
         code = running.process.returncode
+        if ending == "itself" and code < 0 and isolation != "none":  # programs cannot reach it
+            raise SandboxFailed(f"the process around a program was ended from outside, by signal {-code}")
         received = {name: bytes(data[:OUTPUT_BYTES]) for name, data in running.received.items()}
         return Ended(received["stdout"], received["stderr"], received["result"], ending,
                      code if code >= 0 else 128 - code, seconds)  # fmt: skip
@@ -214,8 +216,11 @@ def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> 
             if now >= deadline:
                 return "timeout"
             if now >= next_look:
-                if tree_bytes(running.first_pid, memory_bytes) > memory_bytes:
+                pids = [pid for pid in tree(running.first_pid) if pid != running.first_pid]
+                if tree_bytes(pids, memory_bytes) > memory_bytes:
                     return "memory"
+                if scratch_files(pids) > SCRATCH_FILES:
+                    return "files"
                 next_look = time.monotonic() + WATCH_EVERY_S
             for key, _ in selector.select(max(0.0, min(deadline, next_look) - now)):
                 if key.data == "ended":
@@ -254,12 +259,11 @@ def tree(pid: int) -> Iterator[int]:
                     waiting += map(int, children.read_text().split())
 
 
-def tree_bytes(first_pid: int, enough: int) -> int:
+def tree_bytes(pids: Sequence[int], enough: int) -> int:
     """Memory that a program's processes hold together, shared pages counted once.
 
     A single process has its own limit by the kernel, so nothing is read for one.
     """
-    pids = [pid for pid in tree(first_pid) if pid != first_pid]
     total = 0
     for pid in pids if len(pids) > 1 else []:
         with contextlib.suppress(OSError):
@@ -268,6 +272,15 @@ def tree_bytes(first_pid: int, enough: int) -> int:
         if total > enough:
             break
     return total
+
+
+def scratch_files(pids: Sequence[int]) -> int:
+    """Files in the scratch folder of these processes, whose bytes are limited, but not by every kernel their number."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found = os.statvfs(f"/proc/{pid}/root{SCRATCH}")
+            return found.f_files - found.f_ffree
+    return 0
 
 
 def prefer_as_victims(running: Running) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from nanochat_ray.sandbox.inside import PASSED, RAISED, TOKEN_BYTES
-from nanochat_ray.sandbox.isolation import HOW_TO_GET_IT, ISOLATIONS, Isolation
+from nanochat_ray.sandbox.isolation import HOW_TO_GET_IT, ISOLATIONS, SCRATCH_FILES, Isolation
 from nanochat_ray.sandbox.process import OUTPUT_BYTES, Ended, machine_oom_kills, run_isolated
 from nanochat_ray.sandbox.result import ProgramResult, SandboxFailed, SandboxUnavailable
 from nanochat_ray.sandbox.seccomp import filter_bytes
@@ -149,6 +149,8 @@ def why(ended: Ended, timeout_s: float, memory_bytes: int) -> tuple[str, bool]:
         return f"timeout: more than {timeout_s:g} s", False
     if ended.ending == "memory":
         return f"memory: more than {memory_bytes >> 20} MiB in all its processes", False
+    if ended.ending == "files":
+        return f"files: more than {SCRATCH_FILES}", False
     if ended.ending == "output":
         return f"output: more than {OUTPUT_BYTES >> 10} KiB", False
     if ended.result.startswith(RAISED):
