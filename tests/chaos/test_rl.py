@@ -38,7 +38,8 @@ async def reward(conversation, completion):
 """
 FLAGS = (
     "--model-tag", "m", "--dtype", "float32", "--num-epochs", EPOCHS, "--examples-per-step", PER_STEP,
-    "--num-samples", 4, "--prompts-per-unit", 1, "--max-new-tokens", 6, "--eval-every", -1, "--eval-examples", 2, "--eval-samples", 2,
+    "--num-samples", 4, "--prompts-per-unit", 1, "--max-new-tokens", 6, "--eval-every", -1, "--eval-examples", 2,
+    "--eval-samples", 2,
     "--save-every", 3, "--matrix-lr", 0.05, "--init-lr-frac", 1, "--hang-s", 60,
 )  # fmt: skip
 
