@@ -52,7 +52,7 @@ def test_the_main_job_ends_with_report_and_chat_command(tiny_run):
 def test_again_skips_what_is_done(tiny_run):
     storage, _ = tiny_run
     code, out = run(storage, "speedrun.py", *TINY)
-    assert code == 0 and out.count("done before, skipped") == 6 and "starts" not in out
+    assert code == 0 and out.count("done before, skipped") == 8 and "starts" not in out
 
 
 def test_other_settings_are_an_error_with_the_difference(tiny_run):
