@@ -2,8 +2,8 @@
 
     python bench/rl.py [--only sample,publish,step,sandbox] [--shape d4] [--dtype bfloat16] [--pairs 5] [--run FOLDER]
 
-sample:  16 prompts x 8 samples x 64 tokens. One engine prompt by prompt, as nanochat's loop does it; one engine with all
-         128 rows; a pool of actors with one thread each, as jobs/rl.py runs it; and 128 samples of a single prompt.
+sample:  16 prompts x 8 samples x 64 tokens. One engine prompt by prompt, as nanochat's loop does it; one engine with
+         all 128 rows; a pool of actors with one thread each, as jobs/rl.py runs it; 128 samples of a single prompt.
 publish: 256 MB of weights to 2 actors of this machine (bench/rl_publication.py).
 step:    which share of a step sampling, scoring, learning and publication have, from the metrics of a run's stage rl.
 sandbox: programs per second (bench/sandbox.py).

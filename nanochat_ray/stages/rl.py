@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -74,11 +74,11 @@ class RLJob:
         )
 
 
-def plain_rollouts(job: RLJob, world: World, beat: Callable[[], None] = lambda: None) -> RolloutSource:
-    """Rollouts without other processes: by the training ranks themselves, or from a log."""
+def plain_rollouts(job: RLJob, world: World) -> RolloutSource:
+    """Rollouts in this process alone, or from a log."""
     if job.settings.replay:
         return LoggedRollouts(Path(job.settings.replay))
-    return OwnRollouts(job.rollout_spec(world.device), world, beat)
+    return OwnRollouts(job.rollout_spec(world.device), world)
 
 
 def reinforce(job: RLJob, world: World, source: RolloutSource, hooks: Hooks) -> dict[str, Any]:

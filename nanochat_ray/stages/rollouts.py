@@ -130,6 +130,12 @@ def fixed_threads(spec: RolloutSpec) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+class Scorer(Protocol):
+    """Gives a unit's completions their rewards."""
+
+    def score(self, unit: RolloutUnit, rollouts: Sequence[Sequence[Rollout]]) -> tuple[RolloutGroup, ...]: ...
+
+
 class UnitScorer:
     """The task's rewards, for one unit at a time."""
 
@@ -148,11 +154,14 @@ class OwnRollouts:
     """Rollouts in the training ranks themselves, each doing its share between two updates: sampling and training
     take turns on a device, and the cache's memory is given back in between."""
 
-    def __init__(self, spec: RolloutSpec, world: World, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, spec: RolloutSpec, world: World, beat: Callable[[], None] = lambda: None, scorer: Scorer | None = None
+    ) -> None:
+        """`scorer` scores elsewhere; without one this process does."""
         self.world = world
         self.sampler = UnitSampler(spec)
         self.sampler.model.register_forward_hook(lambda *_: beat())
-        self.scorer = UnitScorer(spec.task, spec.tokenizer_folder)
+        self.scorer: Scorer = scorer or UnitScorer(spec.task, spec.tokenizer_folder)
 
     def publish(self, version: int, model: GPT) -> None:
         self.sampler.load(flatten(model, version))
