@@ -77,11 +77,12 @@ def _prepare(expression: str) -> str:
     if len(expression) > MAX_EXPRESSION_CHARS:
         raise _Refused
     pieces = _STRING.split(expression)  # outside, string, outside, string, ..., outside
+    if len(pieces) == 1:
+        pieces = [expression.replace(",", "")]
+    else:
+        pieces[::2] = [_THOUSANDS_COMMA.sub("", piece) for piece in pieces[::2]]
     if not _OUTSIDE_STRINGS.fullmatch("".join(pieces[::2])) or _NOT_OURS.search("''".join(pieces[::2])):
         raise _Refused
-    if len(pieces) == 1:
-        return expression.replace(",", "").strip()
-    pieces[::2] = [_THOUSANDS_COMMA.sub("", piece) for piece in pieces[::2]]
     return "".join(pieces).strip()
 
 

@@ -17,6 +17,7 @@ from nanochat_ray.sandbox import ProgramResult, SandboxFailed
 
 logger = logging.getLogger(__name__)
 
+ACTOR_CPUS = 1
 MAX_TRIES = 3  # of one program, and of starting actors in a row, when actors die
 START_TIMEOUT_S = 300.0
 PROGRAM_TIMEOUT_S = 300.0  # far above what the sandbox itself waits for
@@ -39,7 +40,7 @@ def start_actor() -> ray.actor.ActorHandle:
     remote: Any = ray.remote(SandboxActor)
     # An actor that asks for no GPU still sees all of them, unless it is told that there are none.
     env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return remote.options(num_cpus=1, num_gpus=0, runtime_env={"env_vars": env}).remote()
+    return remote.options(num_cpus=ACTOR_CPUS, num_gpus=0, runtime_env={"env_vars": env}).remote()
 
 
 def require_isolation() -> None:

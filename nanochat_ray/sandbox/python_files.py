@@ -19,7 +19,8 @@ def visible_paths() -> tuple[str, ...]:
     """Folders and files to show, read-only, at their own paths."""
     prefix = Path(sys.base_prefix)
     paths = {interpreter(), *libraries()}
-    paths |= set(prefix.glob("lib/libpython*.so*"))
+    library = prefix / "lib" / str(sysconfig.get_config_var("INSTSONAME"))
+    paths |= {library} if library.is_file() else set()
     if (prefix / "conda-meta").is_dir():  # there Python's own libraries lie among all others
         paths.add(prefix / "lib")
     multiarch = sysconfig.get_config_var("MULTIARCH")

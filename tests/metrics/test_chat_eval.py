@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,15 +12,21 @@ import torch
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.messages import Rollout, SamplingParams
 from nanochat_ray.metrics.chat_eval import (
+    ProgramRun,
     chat_core,
     evaluate_categorical,
     evaluate_generative,
+    graded,
     problem_seed,
+    program_outcomes,
     summarise,
     wilson_interval,
 )
+from nanochat_ray.sandbox import ProgramResult, SandboxFailed
 from nanochat_ray.tasks.gsm8k import FinalAnswerTask
+from nanochat_ray.tasks.humaneval import HumanEval
 from nanochat_ray.tasks.multiple_choice import LetterTask, letter_conversation
+from nanochat_ray.tasks.rows import TaskSources
 from nanochat_ray.text.conversation import render_for_completion
 from tests.engine.tiny import CONTEXT, byte_tokenizer, tiny_model
 
@@ -162,6 +169,47 @@ def test_an_answer_has_room(model, tokenizer):
     (record,) = evaluate_generative(engine, tokenizer, Long(), [0], SamplingParams(0.0, max_tokens=10**6))
     assert record.prompt_tokens_cut > 2 * CONTEXT
     assert record.answers[0].finish_reason == "stop" or record.answers[0].n_tokens >= CONTEXT // 2
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Three problems of HumanEval's kind: number k is to give back k."""
+    rows = [
+        {"prompt": f"def f{k}():\n", "canonical_solution": f"    return {k}\n", "entry_point": f"f{k}",
+         "test": f"def check(f):\n    assert f() == {k}\n"} for k in range(3)
+    ]  # fmt: skip
+    (tmp_path / "human_eval").mkdir()
+    (tmp_path / "human_eval/HumanEval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return HumanEval(TaskSources(tmp_path))
+
+
+def test_programs_are_graded_elsewhere(tokenizer, programs):
+    texts = {f"def f{k}():": [f"```\ndef f{k}(): return 1\n```", f"def f{k}(): return 2"] for k in range(3)}
+    records = evaluate_generative(Replies(texts), tokenizer, programs, range(3), SamplingParams(0.0, num_samples=2))
+    assert not any(answer.correct for record in records for answer in record.answers)
+    asked = []
+
+    def run(codes):
+        asked.extend(codes)
+        results = [ProgramResult("== 1" in code and "return 1" in code, "", "", "x", isolation="i") for code in codes]
+        return [*results[:-1], SandboxFailed("no processes left")]
+
+    found, left_out = graded(records, run)
+    assert len(asked) == 6 and all("assert f() ==" in code and "check(f" in code for code in asked)
+    (failed,) = {record.index for record in records} - {record.index for record in found}
+    assert left_out == {failed: "no processes left"}
+    for record in found:
+        answer = int(programs[record.index]["entry_point"][1:])
+        assert record.correct == (answer == 1) and record.answers[0].correct == record.correct
+        assert record.answers[0].extracted.startswith("def") and record.answers[0].program is None
+        assert record.answers[1].run == ProgramRun("failed", "x", "i")
+    assert sum(sum(outcomes.values()) for outcomes in program_outcomes(found).values()) == 4
+    assert summarise(found).n_problems == 2
+
+
+def test_nothing_is_run_for_records_without_programs(tokenizer):
+    records = evaluate_generative(Replies(TEXTS), tokenizer, Sums(), range(6), SamplingParams(0.0, num_samples=2))
+    assert graded(records, None) == (records, {}) and program_outcomes(records) == {}
 
 
 def test_summaries_want_each_problem_once(model, tokenizer):

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from nanochat_ray.corpus import download
+from nanochat_ray.sandbox import usable
 from nanochat_ray.stages.evaluation import ChatTasks
 from nanochat_ray.tasks.rows import TaskSources
 from tests.metrics.bundle import three_kinds
 from tests.stages.tiny import PRETRAIN, STEPS, Recorder, conversations, make_run, make_sft, run_pretrain, run_sft
-from tests.tasks.conftest import write_parquet
+from tests.tasks.conftest import write_jsonl, write_parquet
 
 ARC_ROW = {"question": "Hot?", "choices": {"text": ["ice", "sun"], "label": ["1", "2"]}, "answerKey": "2"}
+CODE_ROW = {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "entry_point": "f",
+            "test": "def check(f):\n    assert f() == 1\n"}  # fmt: skip
 
 
 @dataclass
@@ -65,6 +68,7 @@ def test_finetuning_evaluates_at_its_intervals(calm, tmp_path, monkeypatch):
     monkeypatch.setenv(download.OFFLINE_VARIABLE, "1")
     root, base, _, losses = calm
     write_parquet(tmp_path / "arc/ARC-Easy/test.parquet", [ARC_ROW] * 3)
+    write_jsonl(tmp_path / "human_eval/HumanEval.jsonl", [CODE_ROW])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lease.json").write_bytes((root / "lease.json").read_bytes())
     job, rows = make_sft(tmp_path / "run", base, root / "talk.jsonl", eval_every=4, chatcore_every=3)
@@ -73,4 +77,5 @@ def test_finetuning_evaluates_at_its_intervals(calm, tmp_path, monkeypatch):
     n = run_sft(replace(job, chat_tasks=tasks), rows, hooks)["step"]
     assert hooks.steps_of("val/bpb") == [*range(0, n, 4), n]
     assert hooks.steps_of("chatcore/ARC-Easy") == list(range(3, n, 3))
+    assert hooks.steps_of("chatcore/HumanEval") == (list(range(3, n, 3)) if usable() else [])
     assert hooks.losses == losses
