@@ -14,19 +14,29 @@ from nanochat_ray.run_dir import CONFIG_FILE, existing_run, read_json
 logger = logging.getLogger("nanochat_ray")
 
 
-def run(job: Job, settings: RLSettings, world_folder: Path | None) -> None:
-    """`world_folder` is the embedded corpus if the run's data is that, else None."""
+def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: bool = False) -> bool:
+    """Whether the stage is done. `world_folder` is the embedded corpus if the run's data is that, else None.
+
+    An optional one is left out, with the reason, if there are no prompts and nobody named any.
+    """
     from _train import Feed, other_optimizer, train
 
     from nanochat_ray.stages.rl import RLJob
     from nanochat_ray.tasks.rl_task import rl_task_of
+    from nanochat_ray.tasks.rows import TaskDataMissing
     from nanochat_ray.text.tokenizer import Tokenizer
 
     tokenizer_folder = job.run_dir.require_stage("tokenizer", "tok_train.py")
     job.run_dir.require_stage("sft", "sft.py")
-    task = rl_task_of(
-        settings.prompts, settings.eval_prompts, settings.task, world_folder is not None, job.task_sources()
-    )
+    try:
+        task = rl_task_of(
+            settings.prompts, settings.eval_prompts, settings.task, world_folder is not None, job.task_sources()
+        )
+    except TaskDataMissing as error:
+        if not optional or settings.task or settings.prompts:
+            raise
+        logger.info("rl: left out: %s", error)
+        return False
     pretrained = read_json(job.run_dir.stage("pretrain") / CONFIG_FILE)["settings"]
     stage = RLJob(
         settings, job.run_dir.stage("rl"), tokenizer_folder, job.run_dir.checkpoints("sft"),
@@ -37,10 +47,11 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None) -> None:
     config = {"settings": settings.identity() | files, "task": task.identity()} | hashes
     with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
         if notes is None:
-            return
+            return True
         result = train(job, stage, Feed(rollout_workers=rollout_workers(job, settings)), settings.num_iterations)
         notes.metrics |= result["metrics"]
         notes.hashes |= hashes
+    return True
 
 
 def rollout_workers(job: Job, settings: RLSettings) -> int:

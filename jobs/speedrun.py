@@ -81,8 +81,8 @@ def speedrun(settings: SpeedrunSettings) -> None:
         base_eval.run(job, settings.base_eval, manifest)
         sft.run(job, settings.sft, world)
         chat_eval.run(job, settings.chat_eval, world)
-        rl.run(job, settings.rl, world)
-        chat_eval.run(job, settings.chat_eval.model_copy(update={"source": "rl"}), world)
+        if rl.run(job, settings.rl, world, optional=True):
+            chat_eval.run(job, settings.chat_eval.model_copy(update={"source": "rl"}), world)
         path = report.run(job)
         print(f"report: {path}")
         print(f"chat with it: {chat_command(settings.run, job.run_dir.root)}")
