@@ -67,10 +67,11 @@ class RLJob:
 
     def rollout_spec(self, device: str) -> RolloutSpec:
         s, config = self.settings, self.base().model_config
+        plan = Plan(s, self.task.open(), Tokenizer.load(self.tokenizer_folder), config.sequence_len)
         rows = max(s.num_samples, s.eval_samples) * s.prompts_per_unit
         return RolloutSpec(
             f"{self.stage_folder.parent.name} {self.stage_folder.name}", self.task, self.tokenizer_folder, config,
-            device, self.dtype, min(s.max_rows, rows), config.sequence_len, s.rollout_threads,
+            device, self.dtype, min(s.max_rows, rows), plan.longest(), s.rollout_threads,
         )
 
 

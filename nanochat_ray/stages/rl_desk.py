@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import random
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from nanochat_ray.tasks.task import Conversation
 from nanochat_ray.text.conversation import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
+LONGEST_TEXTS = 64  # prompts that are looked at to know the longest
+
 
 class Plan:
     """Which prompts a step has, and which seeds: a function of settings and task alone.
@@ -37,6 +40,7 @@ class Plan:
 
     def __init__(self, settings: RLSettings, task: RLTask, tokenizer: Tokenizer, context: int) -> None:
         self.settings, self.task, self.tokenizer = settings, task, tokenizer
+        self.context = context
         self.room = context - min(settings.max_new_tokens, context // 2)  # tokens of a prompt
         self.conversations: dict[RolloutSplit, Sequence[Conversation]] = {
             "train": task.prompts("train"), "val": task.prompts("val")
@@ -49,6 +53,13 @@ class Plan:
     def n_steps(self) -> int:
         s = self.settings
         return s.num_iterations or -(-self.n_train * s.num_epochs // s.examples_per_step)
+
+    def longest(self) -> int:
+        """Positions that the longest prompt fills with its completion, as far as the longest texts tell."""
+        asked = (one["messages"][:-1] for split in self.conversations.values() for one in split)
+        longest = heapq.nlargest(LONGEST_TEXTS, asked, key=lambda messages: sum(len(m["content"]) for m in messages))
+        prompts = [render_prompt(self.tokenizer, messages, self.room).ids for messages in longest]
+        return min(self.context, max(map(len, prompts)) + self.settings.max_new_tokens)
 
     def train_units(self, step: int, version: int) -> list[RolloutUnit]:
         """The units of an optimizer step. The last step of all may have fewer prompts."""
