@@ -60,10 +60,8 @@ def scores(job: tuple[Path, Path, str, int]) -> tuple[str, float, float]:
     return family, shares[0], shares[1]
 
 
-def all_scores(run: Path, stage: str, n: int) -> dict[str, tuple[float, float]]:
-    from nanochat_ray.corpus.world.questions import HELDOUT_COUNTS
-
-    jobs = [(run / stage / "checkpoints", run / "tokenizer", family, n) for family in HELDOUT_COUNTS]
+def all_scores(run: Path, stage: str, families: list[str], n: int) -> dict[str, tuple[float, float]]:
+    jobs = [(run / stage / "checkpoints", run / "tokenizer", family, n) for family in families]
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         return {family: (sampled, greedy) for family, sampled, greedy in pool.map(scores, jobs)}
@@ -98,17 +96,20 @@ def cpu_flags() -> list[str]:
 
 
 def main() -> None:
+    from nanochat_ray.corpus.world.questions import HELDOUT_COUNTS
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, help="folder of a run with its stages up to sft")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--questions", type=int, default=500, help="per family")
+    parser.add_argument("--families", nargs="+", default=list(HELDOUT_COUNTS))
     args, rest = parser.parse_known_args()
-    before = all_scores(args.run, "sft", args.questions)
+    before = all_scores(args.run, "sft", args.families, args.questions)
     after, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             seconds[seed] = train(args.run, Path(folder), seed, rest)
-            after[seed] = all_scores(Path(folder) / f"seed{seed}", "rl", args.questions)
+            after[seed] = all_scores(Path(folder) / f"seed{seed}", "rl", args.families, args.questions)
     seeds = " ".join(f"{f'RL {seed}':>7}" for seed in args.seeds)
     print(f"{'family':20} {'SFT':>6} {seeds} change  greedy change")
     for family, (sampled, greedy) in before.items():
