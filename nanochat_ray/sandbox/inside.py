@@ -11,6 +11,7 @@ import resource
 import sys
 
 READY = b"ready\n"
+LENGTH_BYTES = 16  # of the program's length, in decimal digits
 PASSED, RAISED = b"passed ", b"raised "
 TOKEN_BYTES = 32
 MODULE = "program"  # not "__main__": a guarded main would wait for input, or run somebody's tests
@@ -36,13 +37,15 @@ def set_limits(limits: dict[str, int]) -> None:
 
 def run(control_fd: int, result_fd: int, limits: dict[str, int]) -> None:
     """Say that all is set up, receive the program, run it, report. Does not return."""
+    if os.getpid() != os.getsid(0):
+        os.setsid()  # the launcher is in the old group, and a signal to one's group reaches all of it
     set_limits(limits)
     write, leave, number, me = os.write, os._exit, os.getpid, os.getpid()  # the program may put others in their place
     write(result_fd, READY)
     with open(control_fd, "rb") as control:
-        sent = control.read()
-    token, source = sent[:TOKEN_BYTES], sent[TOKEN_BYTES:]
-    if len(token) < TOKEN_BYTES:
+        token, length = control.read(TOKEN_BYTES), control.read(LENGTH_BYTES)
+        source = control.read(int(length or 0))
+    if not length:
         leave(1)  # the parent has died or given up
     module = type(sys)(MODULE)
     sys.modules[MODULE] = sys.modules["__main__"] = module

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from nanochat_ray.sandbox.inside import READY
+from nanochat_ray.sandbox.inside import LENGTH_BYTES, READY
 from nanochat_ray.sandbox.isolation import SCRATCH, SCRATCH_FILES, Isolation, command
 from nanochat_ray.sandbox.result import SandboxFailed
 from nanochat_ray.sandbox.seccomp import filter_bytes
@@ -102,7 +102,8 @@ def run_isolated(
         wait_until_ready(running, has_info=isolation != "none")
         prefer_as_victims(running)
         begun = time.monotonic()
-        ending = watch(running, token + source, begun + timeout_s, memory_bytes)
+        length = b"%0*d" % (LENGTH_BYTES, len(source))
+        ending = watch(running, token + length + source, begun + timeout_s, memory_bytes)
         seconds = time.monotonic() - begun
         running.end()
         for name, stream in running.outputs.items():
@@ -191,7 +192,10 @@ def wait_until_ready(running: Running, has_info: bool) -> None:
                 selector.unregister(key.fileobj)
             if b"}" in info and running.first_fd is None:
                 running.first_pid = json.loads(info)["child-pid"]
-                running.first_fd = os.pidfd_open(running.first_pid)
+                try:
+                    running.first_fd = os.pidfd_open(running.first_pid)
+                except OSError as error:
+                    raise SandboxFailed(f"an isolated process ended before it had a program: {error}") from error
     del result[: len(READY)]
 
 
@@ -260,17 +264,28 @@ def tree(pid: int) -> Iterator[int]:
 
 
 def tree_bytes(pids: Sequence[int], enough: int) -> int:
-    """Memory that a program's processes hold together, shared pages counted once.
+    """Memory that a program's processes hold together, shared pages counted once, and files in memory.
 
-    A single process has its own limit by the kernel, so nothing is read for one.
+    What a single process has mapped is limited by the kernel already, and not looked at.
     """
-    total = 0
+    total = sum(memory_files(pid) for pid in pids)
     for pid in pids if len(pids) > 1 else []:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
         if total > enough:
             break
+    return total
+
+
+def memory_files(pid: int) -> int:
+    """Bytes of a process' open files that lie in memory only (memfd_create), mapped or not."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for link in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(link.path).startswith("/memfd:"):
+                    total += 512 * link.stat().st_blocks
     return total
 
 

@@ -66,7 +66,9 @@ def run_program(
 
     Success is proved by a secret that is sent back after the last statement. What this cannot tell: a program that
     reads the secret out of its own interpreter's frames, or whose objects claim to be equal to anything, has not solved
-    what the tests in it ask. Only comparing outputs in another process would. And a fault of the kernel is a way out.
+    what the tests in it ask. Only comparing outputs in another process would. A fault of the kernel is a way out; the
+    filter of system calls, where `pyseccomp` is installed, makes it narrower. Without the filter System V's shared
+    memory is unlimited (but for root with "unshare"), and a program may stop the first process of its own namespace.
 
     `isolation` is found out when it is not given. Raises SandboxUnavailable if this machine has none, unless `unsafe`,
     which runs the program with limits only, as this user. Raises SandboxFailed if the machine was at fault.

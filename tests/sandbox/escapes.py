@@ -29,7 +29,7 @@ FILES = {
     "rename the standard library": "os.rename(os.path.dirname(os.__file__), '/tmp/lib'); print('escaped')",
     "installed packages": "import torch; print('escaped')",
     "homes and secrets": """
-for path in ('/home', '/etc', '/var', '/run', '/sys', '/boot', '/srv', '/mnt', '/root/.ssh', '/usr/bin', '/bin'):
+for path in ('/home', '/etc', '/var', '/run', '/sys', '/boot', '/srv', '/mnt', '/root/.ssh', '/usr/bin/env', '/bin/sh'):
     if os.path.exists(path):
         print('escaped', path)
 """,
@@ -70,12 +70,12 @@ print('escaped' if pid > 0 else '')
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 print('escaped' if c.capset(header, (ctypes.c_uint32 * 6)(*[0xFFFFFFFF] * 6)) == 0 else '')
 """,
-    "trace the first process": C_LIBRARY + "print('escaped' if c.ptrace(16, 1, 0, 0) == 0 else '')",
-    "memory of the first process": C_LIBRARY + """
+    "trace a process outside": C_LIBRARY + "print('escaped' if c.ptrace(16, PID, 0, 0) == 0 else '')",
+    "memory of a process outside": C_LIBRARY + """
 buffer = ctypes.create_string_buffer(8)
 local = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 8)
 remote = (ctypes.c_size_t * 2)(0x400000, 8)
-print('escaped' if c.process_vm_readv(1, local, 1, remote, 1, 0) > 0 else '')
+print('escaped' if c.process_vm_readv(PID, local, 1, remote, 1, 0) > 0 else '')
 """,
     "raise the limits": """
 import resource
@@ -181,6 +181,14 @@ for k in range(100):
         file.write(bytes(8 << 20))
 print('escaped')
 """,
+    "memory in files without a name": """
+import time
+files = [os.memfd_create('x') for _ in range(40)]
+for file in files:
+    os.write(file, bytes(15 << 20))
+time.sleep(10)
+print('escaped')
+""",
     "a huge file": "open('huge', 'wb').write(bytes(64 << 20)); print('escaped')",
     "a sparse file": "open('sparse', 'wb').truncate(1 << 40); print('escaped')",
     "many files": """
@@ -236,6 +244,7 @@ for fd in range(3, 64):
     except OSError:
         pass
 """,
+    "stop the first process": C_LIBRARY + "c.ptrace(16, 1, 0, 0); os._exit(0)",
     "close everything": "os.closerange(0, 64)",
     "read the token": """
 for fd in range(3, 64):
@@ -263,5 +272,8 @@ raise Odd
     "wait for input": "import sys; print('escaped' if sys.stdin.read() else ''); assert False",
 }
 
-LASTING = {"fork bomb", "deaf to signals", "sleep", "stop oneself", "recursion", "big numbers"}  # until ended
+# they go on until they are ended
+LASTING = {
+    "stop the first process", "fork bomb", "deaf to signals", "sleep", "stop oneself", "recursion", "big numbers",
+}  # fmt: skip
 ATTEMPTS = FILES | RIGHTS | NETWORK | PROCESSES | AMOUNTS | PRETENCE

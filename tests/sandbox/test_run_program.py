@@ -22,6 +22,7 @@ import pytest
 from nanochat_ray import sandbox
 from nanochat_ray.sandbox import ProgramResult, SandboxFailed, SandboxUnavailable, process, program
 from nanochat_ray.sandbox.isolation import HOW_TO_GET_IT
+from nanochat_ray.sandbox.seccomp import filter_bytes
 from tests.sandbox.isolated import processes_with, require, zombies
 
 MAP_NORESERVE = 0x4000  # as on x86 and ARM; Python has no name for it before 3.13
@@ -186,6 +187,13 @@ def test_floods_are_cut_and_end_the_program(run, stream):
 
 def test_output_up_to_the_cap_is_whole(run):
     assert run(f"print('x' * {(64 << 10) - 1})").stdout == "x" * ((64 << 10) - 1) + "\n"
+
+
+def test_no_shared_memory_of_system_v(run, isolation):
+    if not filter_bytes() and (isolation == "bwrap" or os.getuid() != 0):
+        pytest.skip("only root's launcher limits it without a filter; neither seccomp nor pyseccomp is installed")
+    code = "import ctypes; assert ctypes.CDLL(None).shmget(0, ctypes.c_size_t(1 << 20), 0o1600) == -1"
+    assert run(code).success
 
 
 def test_children_are_gone_with_the_program(run):
