@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -85,12 +85,25 @@ class PolicyGradient:
     advantages: Tensor  # (B, 1)
     behaviour: Tensor  # (B, T), log-probabilities under the weights that sampled
     settings: RLSettings
+    drift: list[Tensor] = field(default_factory=list)  # what `drift_sums` gave, once it was called
 
     def __call__(self, losses: Tensor) -> Tensor:
+        self.drift.append(drift_sums(-losses.detach(), self.behaviour, self.targets, self.settings.ratio_cap))
         return policy_gradient_loss(
             -losses, self.advantages, self.targets, 1, behaviour=self.behaviour,
             ratio_cap=self.settings.ratio_cap if self.settings.async_steps else None, ppo_clip=self.settings.ppo_clip,
         )
+
+
+def drift_sums(logprobs: Tensor, behaviour: Tensor, targets: Tensor, ratio_cap: float) -> Tensor:
+    """How far the policy has moved from the weights that sampled, as sums over targets (4,).
+
+    Their number, the ratios of the two probabilities, how many of these are above the cap, and minus the logarithms of
+    the ratios (divided by the number: an estimate of the KL divergence).
+    """
+    log_ratio = (logprobs - behaviour)[targets >= 0]  # (n,)
+    ratio = log_ratio.exp()
+    return torch.stack([torch.ones_like(ratio).sum(), ratio.sum(), (ratio > ratio_cap).sum(), -log_ratio.sum()])
 
 
 def micro_batch(

@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nanochat_ray.config import PretrainSettings, RLSettings
 from nanochat_ray.messages import RolloutGroup, World
 from nanochat_ray.metrics.pass_at_k import pass_metrics
@@ -25,6 +28,7 @@ from nanochat_ray.run_dir import CHECKPOINTS, write_atomic
 from nanochat_ray.stages.hooks import Hooks
 from nanochat_ray.stages.losses import LearningStep, learning_step, micro_batch
 from nanochat_ray.stages.parallel import build_strategy, check_strategy
+from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.rl_desk import Desk, Plan
 from nanochat_ray.stages.rollout_log import ROLLOUTS, LoggedRollouts, RolloutLog
 from nanochat_ray.stages.rollouts import OwnRollouts, RolloutSource, RolloutSpec
@@ -171,12 +175,13 @@ def run_loop(
         strategy.set_schedule(lr, MUON_MOMENTUM, settings.weight_decay)
         loss = strategy.accumulate_objectives(micro, max(1, learning.n_targets))
         check_loss(loss, state.step, strategy.model.compute_dtype)
+        drift = drift_metrics([sums for *_, objective in micro for sums in objective.drift], world)
         grad_norm = strategy.update()
         update_s = update_clock.seconds()
         publish_s = publish(desk, strategy, state.step + 1, world)
 
         _, stop, save_now = agree(0, hooks, world, timed_saves=settings.save_every is None)
-        step_metrics = rollout_metrics(groups, learning, state.step) | {
+        step_metrics = rollout_metrics(groups, learning, state.step) | drift | {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lrm": lr,
@@ -234,6 +239,15 @@ def rewards_of(groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
 def n_sampled(groups: Sequence[RolloutGroup]) -> int:
     """Tokens that the policy chose."""
     return sum(sum(rollout.mask) for group in groups for rollout in group.rollouts)
+
+
+def drift_metrics(sums: Sequence[Tensor], world: World) -> dict[str, float]:
+    """Of the tokens learned from: mean ratio to the weights that sampled, share above the cap, and the KL estimate."""
+    total = torch.stack([*sums]).double().sum(0).tolist() if sums else [0.0] * 4
+    n, ratio, capped, kl = sum_over_ranks(total, world)
+    if not n:
+        return {}
+    return {"train/ratio_mean": ratio / n, "train/ratio_capped_frac": capped / n, "train/kl": kl / n}
 
 
 def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
