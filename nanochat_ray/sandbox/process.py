@@ -26,6 +26,7 @@ OUTPUT_BYTES = 64 << 10  # kept of each of stdout and stderr
 FILE_BYTES, OPEN_FILES = 16 << 20, 64
 PROCESSES = 32  # and threads, of one program
 START_TIMEOUT_S, END_TIMEOUT_S = 30.0, 30.0
+LAUNCHER_ENDS_S = 2.0  # after what it has launched
 WATCH_EVERY_S = 0.05
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1",
@@ -75,9 +76,10 @@ class Running:
 
     def end(self) -> None:
         """Kill every process of it, and wait until all of them are gone. SandboxFailed if they do not go."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.first_fd is not None:
+        if self.first_fd is not None:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.first_fd, signal.SIGKILL)
+            wait_readable(self.ended_fd, LAUNCHER_ENDS_S)  # the launcher waits for its child, so no orphan is left
         with contextlib.suppress(ProcessLookupError):
             if self.process.returncode is None:
                 os.killpg(self.process.pid, signal.SIGKILL)  # the launcher's; without isolation the program's

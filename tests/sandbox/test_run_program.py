@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -260,6 +261,26 @@ def test_a_launcher_that_is_killed_takes_all_with_it(isolation, nonce):
         sandbox.run_program("import os, time; os.fork(); time.sleep(1000)", 20.0, isolation=isolation)
     thread.join()
     assert processes_with(nonce) == [] and zombies() == []
+
+
+def test_a_caller_that_is_killed_takes_all_with_it(isolation, nonce):
+    code = f"""
+from nanochat_ray.sandbox import process, run_program
+process.ENVIRONMENT["NONCE"] = {nonce!r}
+run_program("import os, time; os.fork(); time.sleep(1000)", 1000.0, isolation={isolation!r})
+"""
+    caller = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: len(processes_with(nonce)) >= 4)  # launcher, first process, the program, its child
+    caller.kill()
+    caller.wait()
+    wait_until(lambda: not processes_with(nonce))
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_programs_that_the_machine_fails_at_are_tried_again(tmp_path, monkeypatch):
