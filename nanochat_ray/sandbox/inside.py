@@ -5,7 +5,6 @@ back, over a pipe of its own; an early exit, output or a signal cannot look like
 interpreter, so one that walks the frames up to here can read the token: that is the limit of what this proves.
 """
 
-import builtins
 import os
 import resource
 import sys
@@ -50,7 +49,7 @@ def run(control_fd: int, result_fd: int, limits: dict[str, int]) -> None:
     module = type(sys)(MODULE)
     sys.modules[MODULE] = sys.modules["__main__"] = module
     try:
-        builtins.exec(compile(source, f"<{MODULE}>", "exec", dont_inherit=True), module.__dict__)
+        exec(compile(source, f"<{MODULE}>", "exec", dont_inherit=True), module.__dict__)
         report = PASSED + token
     except BaseException as error:
         report = RAISED + describe(error)
