@@ -1,6 +1,7 @@
 """What rollouts cost: sampling with many prompts in a batch beside one prompt at a time, publication, a step's parts.
 
     python bench/rl.py [--only sample,publish,step,sandbox] [--shape d4] [--dtype bfloat16] [--pairs 5] [--run FOLDER]
+                       [--task-data DATA]
 
 sample:  16 prompts x 8 samples x 64 tokens. One engine prompt by prompt, as nanochat's loop does it; one engine with
          all 128 rows; a pool of actors with one thread each, as jobs/rl.py runs it; 128 samples of a single prompt.
@@ -17,6 +18,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--task-data", type=Path, help="folder with human_eval/, for `sandbox`")
     parser.add_argument("--run", type=Path, help="folder of a run with a stage rl, for `step`")
     args = parser.parse_args()
     os.environ.update(THREADS_ENV)
@@ -186,11 +190,9 @@ def main() -> None:
     if "step" in only and args.run:
         out["step"] = step_shares(args.run)
         show("a step: seconds, then shares", out["step"])
-    if "sandbox" in only:
-        from sandbox import programs_per_second
-
-        out["sandbox"] = programs_per_second()
-        show("sandbox, programs per second", out["sandbox"])
+    if "sandbox" in only and args.task_data:
+        script = Path(__file__).with_name("sandbox.py")
+        subprocess.run([sys.executable, str(script), "--task-data", str(args.task_data)], check=True)
     print(json.dumps({"dtype": dtype, "shape": args.shape, **out}))
 
 

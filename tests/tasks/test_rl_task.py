@@ -40,7 +40,8 @@ def rows(n: int) -> list[dict]:
 def test_the_world_never_evaluates_what_it_trains_on():
     spec = open_task(world=True)
     train, val = (spec.open().prompts(split) for split in ("train", "val"))
-    assert len(train) == WORLD_DRAWN // 2 + -(-WORLD_DRAWN // 2 // WORLD_EASY_EVERY) and len(val) == sum(WORLD_VAL.values())
+    assert len(train) == WORLD_DRAWN // 2 + -(-WORLD_DRAWN // 2 // WORLD_EASY_EVERY)
+    assert len(val) == sum(WORLD_VAL.values())
     texts = [{prompt_text(conversation["messages"]) for conversation in split} for split in (train, val)]
     assert not texts[0] & texts[1]
     asked = [int(n) for text in texts[0] for n in re.findall(r"\d+", text)]
