@@ -116,8 +116,9 @@ def _seed(text: str) -> int:
 class Desk:
     """Orders units, ahead of time if the settings say so, and hands over their groups.
 
-    What the log has is not sampled again, provided it is of this prompt and of weights that are fresh enough. All ranks
-    call each method; only rank 0 reads and writes the log, and every rank gets the groups.
+    What the log has is not sampled again, provided it is of these prompts, of weights that are fresh enough, and has a
+    reward anywhere: where nothing could be scored, what was missing may be there now. All ranks call each method; only
+    rank 0 reads and writes the log, and every rank gets the groups.
     """
 
     def __init__(self, plan: Plan, source: RolloutSource, log: RolloutLog, world: World) -> None:
@@ -161,8 +162,11 @@ class Desk:
 
     def _fits(self, unit: RolloutUnit, groups: tuple[RolloutGroup, ...]) -> bool:
         oldest = max(0, unit.step - self.plan.settings.async_steps) if unit.split == "train" else unit.step
-        return tuple(group.prompt for group in groups) == unit.prompts and all(
-            oldest <= group.version <= unit.step for group in groups
+        rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+        return (
+            tuple(group.prompt for group in groups) == unit.prompts
+            and all(oldest <= group.version <= unit.step for group in groups)
+            and any(reward is not None for reward in rewards)
         )
 
     def _collect(
