@@ -30,8 +30,7 @@ from nanochat_ray.tasks.rows import JsonlRows, TaskDataMissing, TaskSources
 from nanochat_ray.tasks.task import Conversation
 from nanochat_ray.tasks.task_file import load_task_file
 
-WORLD_DRAWN, WORLD_TRAIN_SEED = 8192, 1
-WORLD_EASY_EVERY = 5  # of the kinds that finetuning leaves nearly always right: what is always right teaches nothing
+WORLD_TRAIN, WORLD_TRAIN_SEED = 4096, 1
 WORLD_VAL = {HARD_FAMILY: 128, "arithmetic_3": 43, "arithmetic_2": 43, "arithmetic_1": 42}
 WORLD_VAL_SEED = 2
 SPLITS: tuple[RolloutSplit, ...] = ("train", "val")
@@ -155,9 +154,7 @@ def _text(spec: RLTaskSpec) -> str:
 
 def _world_prompts(split: RolloutSplit) -> tuple[Conversation, ...]:
     if split == "train":
-        drawn = training_problems(WORLD_DRAWN, WORLD_TRAIN_SEED)
-        easy = [q for q in drawn if not q.hard][::WORLD_EASY_EVERY]
-        asked = [q for q in drawn if q.hard] + easy
+        asked = training_problems(WORLD_TRAIN, WORLD_TRAIN_SEED)
     else:
         asked = [q for family, n in WORLD_VAL.items() for q in question_pool(family, n, WORLD_VAL_SEED)]
         random.Random(f"order {WORLD_VAL_SEED}").shuffle(asked)  # the first n are a mix too

@@ -13,7 +13,7 @@ import pytest
 from nanochat_ray.corpus.world.questions import HARD_FAMILY, prompt_text
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.tasks.rewards import RewardLimits, reward_all
-from nanochat_ray.tasks.rl_task import WORLD_DRAWN, WORLD_EASY_EVERY, WORLD_VAL, RLTaskSpec, rl_task_of
+from nanochat_ray.tasks.rl_task import WORLD_TRAIN, WORLD_VAL, RLTaskSpec, rl_task_of
 from nanochat_ray.tasks.rows import TaskDataMissing, TaskSources
 from tests.real_data import needs_real_data, real_data
 from tests.tasks.conftest import write_jsonl
@@ -40,8 +40,7 @@ def rows(n: int) -> list[dict]:
 def test_the_world_never_evaluates_what_it_trains_on():
     spec = open_task(world=True)
     train, val = (spec.open().prompts(split) for split in ("train", "val"))
-    assert len(train) == WORLD_DRAWN // 2 + -(-WORLD_DRAWN // 2 // WORLD_EASY_EVERY)
-    assert len(val) == sum(WORLD_VAL.values())
+    assert len(train) == WORLD_TRAIN and len(val) == sum(WORLD_VAL.values())
     texts = [{prompt_text(conversation["messages"]) for conversation in split} for split in (train, val)]
     assert not texts[0] & texts[1]
     asked = [int(n) for text in texts[0] for n in re.findall(r"\d+", text)]
