@@ -88,8 +88,8 @@ class RankHooks(FolderHooks):
     """What a rank reports; one that is not the first may write nothing."""
 
     def __init__(self, folder: Path, world: World, stop_at: int | None) -> None:
-        super().__init__(folder, 1, world, None, keep_last=9)
-        self.stop_at, self.losses = stop_at, []
+        super().__init__(folder, 1, world, None, keep_last=9, beat=lambda: self.beats.append(1))
+        self.stop_at, self.losses, self.beats = stop_at, [], []
 
     def report(self, step, metrics):
         assert self.world.rank == 0
@@ -117,6 +117,7 @@ def train(case: Case, world: World, root: Path) -> None:
     job = case.job(root)
     hooks = RankHooks(job.stage_folder, world, case.stop_at)
     result = reinforce(job, world, source_of(case, job, world), hooks)
+    (root / f"{case.folder}_beats{world.rank}").write_text(str(len(hooks.beats)))
     if world.rank == 0:
         (root / f"{case.folder}.json").write_text(json.dumps({"status": result["status"], "losses": hooks.losses}))
 
@@ -209,6 +210,13 @@ def test_the_first_rank_writes_every_unit_once(runs, name):
     alone = {"ahead_2": "ahead_1", "few_3": "few_1"}.get(name, "one")
     assert runs.units_written(name) == runs.units_written(alone)
     assert set(runs.units_written(name).values()) == {1}
+
+
+@pytest.mark.xfail(reason="only where something is sampled")
+@pytest.mark.parametrize("name", ["elsewhere_2", "few_3"])
+def test_a_rank_that_samples_nothing_shows_that_it_lives(runs, name):
+    """Else its watchdog would end it."""
+    assert int((runs.root / f"{name}_beats1").read_text()) >= len(runs.losses(name))
 
 
 def test_versions_ahead_of_time(runs):
