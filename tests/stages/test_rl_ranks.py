@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,12 @@ def worker(rank: int, root: Path) -> None:
             dist.destroy_process_group()
 
 
+def together(call: Callable[..., None], args: tuple, n: int) -> None:
+    """Run this in so many processes at a time, by a server that has the large imports behind it."""
+    multiprocessing.set_forkserver_preload(["nanochat_ray.stages.rl"])
+    mp.start_processes(call, args, n, start_method="forkserver")
+
+
 class Runs:
     """Finished runs below a folder."""
 
@@ -171,7 +178,7 @@ def runs(tmp_path_factory) -> Runs:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for case in ALONE:
         train(case, World(), root)
-    mp.spawn(worker, (root,), nprocs=3)
+    together(worker, (root,), 3)
     return Runs(root)
 
 
@@ -260,7 +267,7 @@ def zero_runs(tmp_path_factory) -> Runs:
     for world_size in (1, 3):
         for case in zero_cases(world_size):
             case.prepare(root)
-        mp.spawn(deepspeed_worker, (world_size, root), nprocs=world_size)
+        together(deepspeed_worker, (world_size, root), world_size)
     return Runs(root)
 
 
