@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError
 
 from nanochat_ray.messages import PassedOn, Rollout, RolloutGroup, RolloutUnit
 from nanochat_ray.rollout.scorer import unscored
@@ -49,8 +49,13 @@ class ScorerElsewhere:
         ray.kill(self._actor)
 
     def _begin(self) -> ray.actor.ActorHandle:
-        self._n_started += 1
-        actor = self._start(f"{self._name} #{self._n_started}")
+        while True:
+            self._n_started += 1
+            try:
+                actor = self._start(f"{self._name} #{self._n_started}")
+                break
+            except ActorAlreadyExistsError:
+                continue  # that of an earlier launch is still on its way out
         self._loaded = actor.load.remote()
         return actor
 

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from nanochat_ray.config import RLSettings
@@ -21,6 +21,7 @@ from nanochat_ray.messages import (
     World,
 )
 from nanochat_ray.stages.evaluation import gather
+from nanochat_ray.stages.ranks import sum_over_ranks
 from nanochat_ray.stages.rollout_log import RolloutLog
 from nanochat_ray.stages.rollouts import RolloutSource
 from nanochat_ray.tasks.rl_task import RLTask
@@ -118,11 +119,14 @@ class Desk:
 
     What the log has is not sampled again, provided it is of these prompts, of weights that are fresh enough, and has a
     reward anywhere: where nothing could be scored, what was missing may be there now. All ranks call each method; only
-    rank 0 reads and writes the log, and every rank gets the groups.
+    rank 0 reads and writes the log, and every rank gets the groups. `beat` is called at each step and unit: a rank that
+    samples nothing lives too.
     """
 
-    def __init__(self, plan: Plan, source: RolloutSource, log: RolloutLog, world: World) -> None:
-        self.plan, self.source, self.log, self.world = plan, source, log, world
+    def __init__(
+        self, plan: Plan, source: RolloutSource, log: RolloutLog, world: World, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.plan, self.source, self.log, self.world, self._beat = plan, source, log, world, beat
         self._ordered: dict[int, list[RolloutUnit]] = {}  # by step: those that are being sampled
         self._known: dict[int, dict[int, tuple[RolloutGroup, ...]]] = {}  # by step and number: those from the log
         self.wait_s = self.generate_s = self.score_s = 0.0  # of the last step taken; the latter two of all units
@@ -174,10 +178,16 @@ class Desk:
     ) -> list[RolloutGroup]:
         begun = time.perf_counter()
         done: list[FinishedUnit] = []
-        for finished in self.source.finished(units):
+        finished = iter(self.source.finished(units))
+        self._beat()
+        for _ in units:
+            found = next(finished, None)
             if self.world.rank == 0:
-                self.log.append(finished)
-                done.append(finished)
+                assert found is not None
+                self.log.append(found)
+                done.append(found)
+            self._beat()
+            sum_over_ranks([0.0], self.world)  # so no rank waits for another longer than a unit takes
         self.generate_s, self.score_s = sum(d.generate_s for d in done), sum(d.score_s for d in done)
         numbered = known | dict(gather([(d.unit.number, d.groups) for d in done], self.world))
         self.wait_s = time.perf_counter() - begun
