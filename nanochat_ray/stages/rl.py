@@ -118,7 +118,7 @@ def reinforce(job: RLJob, world: World, source: RolloutSource, hooks: Hooks) -> 
         log.pull()
     plan = Plan(settings, job.task.open(), tokenizer, base.model_config.sequence_len)
     try:
-        return run_loop(job, world, base, strategy, state, Desk(plan, source, log, world), hooks, before)
+        return run_loop(job, world, base, strategy, state, Desk(plan, source, log, world, hooks.beat), hooks, before)
     finally:
         strategy.close()
 

@@ -118,7 +118,7 @@ class Desk:
     """Orders units, ahead of time if the settings say so, and hands over their groups.
 
     What the log has is not sampled again, provided it is of these prompts, of weights that are fresh enough, and has a
-    reward anywhere: where nothing could be scored, what was missing may be there now. All ranks call each method; only
+    reward anywhere: where nothing could be scored, what was missing may be there now (prompts set aside stay so). All ranks call each method; only
     rank 0 reads and writes the log, and every rank gets the groups. `beat` is called at each step and unit: a rank that
     samples nothing lives too.
     """
@@ -170,7 +170,7 @@ class Desk:
         return (
             tuple(group.prompt for group in groups) == unit.prompts
             and all(oldest <= group.version <= unit.step for group in groups)
-            and any(reward is not None for reward in rewards)
+            and (not rewards or any(reward is not None for reward in rewards))
         )
 
     def _collect(
