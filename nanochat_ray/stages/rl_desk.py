@@ -118,9 +118,9 @@ class Desk:
     """Orders units, ahead of time if the settings say so, and hands over their groups.
 
     What the log has is not sampled again, provided it is of these prompts, of weights that are fresh enough, and has a
-    reward anywhere: where nothing could be scored, what was missing may be there now (prompts set aside stay so). All ranks call each method; only
-    rank 0 reads and writes the log, and every rank gets the groups. `beat` is called at each step and unit: a rank that
-    samples nothing lives too.
+    reward anywhere: where nothing could be scored, what was missing may be there now. Prompts that were set aside stay
+    so. All ranks call each method; only rank 0 reads and writes the log, and every rank gets the groups. `beat` is
+    called at each step and unit: a rank that samples nothing lives too.
     """
 
     def __init__(
