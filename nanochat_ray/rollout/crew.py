@@ -118,8 +118,8 @@ class Crew:
             return Answer(member, job, future.result())
         assert isinstance(error, Exception)
         fault = fault_of(error)
-        if fault == "actor":
-            self.replace(member, error)
+        if fault == "actor" or (fault == "code" and not isinstance(error, ValueError)):
+            self.replace(member, error)  # what no prompt explains may be the process' own, and would meet every prompt
         else:
             self.note_failure(error)
             self._rest(member)
