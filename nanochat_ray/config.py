@@ -242,6 +242,7 @@ class RLSettings(Settings):
     embedding_lr: float = 0.2
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
+    scalar_lr: float = Field(0.5, description="of the scalars that mix the layers' streams")
     weight_decay: float = Field(0.0, ge=0, description="of the Muon matrices")
     init_lr_frac: float = Field(0.05, gt=0, description="of the learning rates at the first step; they fall to 0")
     load_optimizer: bool = Field(False, description="start from the SFT optimizer's moments")

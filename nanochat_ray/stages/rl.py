@@ -99,7 +99,7 @@ def reinforce(job: RLJob, world: World, source: RolloutSource, hooks: Hooks) -> 
     prepare_device(world.device)
     model = base.build_model(world.device, dtype, tokenizer.vocab_size)
     rates = Rates(
-        settings.unembedding_lr, settings.embedding_lr, settings.matrix_lr, job.pretrain.scalar_lr,
+        settings.unembedding_lr, settings.embedding_lr, settings.matrix_lr, settings.scalar_lr,
         weight_decay=settings.weight_decay, muon_eq=job.pretrain.muon_eq, muon_plus=job.pretrain.muon_plus,
     )
     strategy = build_strategy(job.parallel, model, world, rates, dtype=dtype, compiled=False)
