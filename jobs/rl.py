@@ -56,13 +56,20 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
 
 def rollout_workers(job: Job, settings: RLSettings) -> int:
     """How many Ray actors sample: as asked for, else by hardware; 0 means that the training workers do."""
-    if settings.rollout_workers is not None or not job.use_ray():
-        return settings.rollout_workers or 0
-    if not job.device.startswith("cuda"):
-        return max(1, available_cpus() // settings.rollout_threads)
-    import ray
+    count = settings.rollout_workers if job.settings.ray else 0
+    if count is None and job.use_ray() and not job.device.startswith("cuda"):
+        count = max(1, available_cpus() // settings.rollout_threads)
+    elif count is None:
+        import ray
 
-    return max(0, int(ray.cluster_resources().get("GPU", 0)) - job.settings.worker_range[1])
+        count = max(0, int(ray.cluster_resources().get("GPU", 0)) - job.settings.worker_range[1])
+    if settings.async_steps and not count and not settings.replay:
+        why = "there is no GPU beside theirs" if job.settings.ray else "without Ray there are no others"
+        raise ValueError(
+            f"async_steps {settings.async_steps}: the training workers sample themselves, since {why}, so nothing runs "
+            "ahead; give --async-steps 0, or Ray and --rollout-workers"
+        )
+    return count
 
 
 def cli() -> None:

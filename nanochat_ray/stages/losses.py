@@ -20,7 +20,8 @@ def group_advantages(rewards: Tensor, zscore: bool = False) -> Tensor:
     There is no division by the standard deviation unless `zscore` asks for it: it would weigh up prompts that are
     nearly always or never solved (arXiv:2503.20783).
     """
-    above = rewards - rewards.mean(dim=-1, keepdim=True)
+    above = rewards - rewards[..., :1]  # equal rewards give 0: their mean may be rounded, and Muon scales noise up
+    above = above - above.mean(dim=-1, keepdim=True)
     if not zscore:
         return above
     return above / (rewards.std(dim=-1, keepdim=True, correction=0) + LEAST_STD)

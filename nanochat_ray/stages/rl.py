@@ -223,11 +223,11 @@ def publish(desk: Desk, strategy: Strategy, version: int, world: World) -> float
 
 
 def check_rewards(groups: Sequence[RolloutGroup], step: int) -> None:
-    """RuntimeError if not one rollout of a step has a reward: going on would be training on nothing."""
+    """ValueError if not one of these rollouts has a reward: going on would be training on nothing."""
     failures = [rollout.failure for group in groups for rollout in group.rollouts]
     if all(failures):
         reasons = failures or [group.set_aside for group in groups]
-        raise RuntimeError(
+        raise ValueError(
             f"step {step}: none of {len(failures)} rollouts has a reward; what is said of the first: {reasons[0]}"
         )
 
@@ -281,6 +281,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], learning: LearningStep, step
 def evaluate(job: RLJob, desk: Desk, step: int, world: World) -> dict[str, float]:
     """Scores of the policy at a step on the evaluation prompts. Rank 0 also keeps samples of the first and the last."""
     sampled, greedy = desk.evaluate(step, step)
+    check_rewards(sampled, step)
     scores = pass_metrics(rewards_of(sampled)) | reward_metrics(sampled)
     if found := pass_metrics(rewards_of(greedy)):
         scores["greedy"] = found["pass@1"]

@@ -85,10 +85,10 @@ class Zero(Strategy):
     # --- a step
 
     def micro_steps(self, n_own: int) -> int:
-        """The most of all ranks: ZeRO 2 and 3 communicate in every pass."""
+        """The most of all ranks: ZeRO 2 and 3 communicate in every pass, and none steps without one."""
         most = torch.tensor(n_own, device=self.world.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+        return max(1, int(most))
 
     def backward(
         self, inputs: Tensor, targets: Tensor, weight: float, last: bool, objective: Objective | None = None

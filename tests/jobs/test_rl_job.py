@@ -130,7 +130,7 @@ def test_a_task_file_that_cannot_be_used_is_named_with_its_line(tmp_path, name):
         ({"async_steps": 1, "rollout_workers": 0}, "async_steps 1 with rollout_workers 0"),
         ({"replay": "nowhere"}, "no rollout log at nowhere"),
         ({"workers": 2}, "--workers above 1 needs Ray"),
-        pytest.param({"async_steps": 1}, "async_steps 1", marks=pytest.mark.xfail(reason="is an AssertionError")),
+        ({"async_steps": 1}, "async_steps 1"),
     ],
 )
 def test_what_a_person_may_get_wrong(tmp_path, changes, words):
@@ -184,7 +184,6 @@ async def reward(conversation, completion):
 """
 
 
-@pytest.mark.xfail(reason="is a RuntimeError", raises=RuntimeError)
 def test_a_reward_that_always_raises_ends_the_run_with_its_reason(tmp_path, monkeypatch):
     """And when what it needs is there again, the same command goes on: failures in the log are no answers."""
     folder = prepare(tmp_path)
@@ -268,7 +267,6 @@ def test_on_ray_the_weights_are_those_of_one_process(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="is launched again and again")
 @pytest.mark.usefixtures("on_ray")
 def test_on_ray_a_reward_that_always_raises_ends_the_run_too(tmp_path):
     prepare(tmp_path)

@@ -170,5 +170,5 @@ def test_no_reward_at_all_is_an_error(tmp_path):
             return RLTask("broken", super().open().prompts, reward)
 
     job = make_rl(tmp_path / "run", Broken())
-    with pytest.raises(RuntimeError, match=r"none of 16 rollouts has a reward.*finite number"):
+    with pytest.raises(ValueError, match=r"none of 6 rollouts has a reward.*finite number"):
         run_rl(job)

@@ -219,7 +219,6 @@ def test_the_first_rank_writes_every_unit_once(runs, name):
     assert set(runs.units_written(name).values()) == {1}
 
 
-@pytest.mark.xfail(reason="only where something is sampled")
 @pytest.mark.parametrize("name", ["elsewhere_2", "few_3"])
 def test_a_rank_that_samples_nothing_shows_that_it_lives(runs, name):
     """Else its watchdog would end it."""
@@ -272,7 +271,6 @@ def zero_runs(tmp_path_factory) -> Runs:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="DeepSpeed steps only behind a backward pass")
 @pytest.mark.skipif(no_deepspeed, reason="needs the extra deepspeed")
 @pytest.mark.parametrize("name", ZERO)
 def test_deepspeed_on_three_ranks_does_what_it_does_on_one(zero_runs, name):
