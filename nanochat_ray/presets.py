@@ -102,7 +102,7 @@ def _small(name: str) -> SpeedrunSettings:
         rl=RLSettings(
             num_iterations=4 if smoke else 50, examples_per_step=4 if smoke else 16, num_samples=4 if smoke else 8,
             prompts_per_unit=2 if smoke else 8, max_new_tokens=96, device_batch_size=32, embedding_lr=0.05,
-            unembedding_lr=0.001, matrix_lr=0.012, scalar_lr=0.01, init_lr_frac=0.15, eval_every=None,
+            unembedding_lr=0.001, matrix_lr=0.012, scalar_lr=0.01, init_lr_frac=0.08, eval_every=None,
             eval_examples=8 if smoke else 64, eval_samples=4 if smoke else 8,
         ),
     )
