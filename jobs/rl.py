@@ -22,6 +22,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     from _train import Feed, other_optimizer, train
 
     from nanochat_ray.stages.rl import RLJob
+    from nanochat_ray.stages.rollout_log import log_sha256
     from nanochat_ray.tasks.rl_task import rl_task_of
     from nanochat_ray.tasks.rows import TaskDataMissing
     from nanochat_ray.text.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     hashes = {"tokenizer": Tokenizer.load(tokenizer_folder).hash, "base_model": stage.base().model_hash}
     files = {"task": None, "prompts": None, "eval_prompts": None}  # with their contents in the next line
     config = {"settings": settings.identity() | files, "task": task.identity()} | hashes
+    if settings.replay:
+        config["replay"] = log_sha256(Path(settings.replay))
     with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
         if notes is None:
             return True
@@ -56,7 +59,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
 
 def rollout_workers(job: Job, settings: RLSettings) -> int:
     """How many Ray actors sample: as asked for, else by hardware; 0 means that the training workers do."""
-    count = settings.rollout_workers if job.settings.ray else 0
+    count = settings.rollout_workers if job.settings.ray and not settings.replay else 0
     if count is None and job.use_ray() and not job.device.startswith("cuda"):
         count = max(1, available_cpus() // settings.rollout_threads)
     elif count is None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 Tool = Callable[[str], str | None]  # from the text of a python block to its output; None: not for this tool
+
+def _asked(tool: Tool, text: str) -> str | None:
+    """What a tool gives; nothing if it raises, since a model may write anything."""
+    try:
+        return tool(text)
+    except Exception as error:
+        logger.warning("a tool failed: %s: %s", type(error).__name__, error)
+        return None
+
 
 class ToolState:
     """Follows the sampled tokens of one stream. Forced tokens are not shown to it, so they never open a block.
@@ -32,7 +44,7 @@ class ToolState:
         elif self._expression is not None and token == self._end:
             asked = self._tokenizer.decode(self._expression)
             self._expression = None
-            result = next((found for tool in self._tools if (found := tool(asked)) is not None), None)
+            result = next((found for tool in self._tools if (found := _asked(tool, asked)) is not None), None)
             if result is not None:
                 before, after = (self._tokenizer.encode_special(f"<|output_{edge}|>") for edge in ("start", "end"))
                 return [before, *self._tokenizer.encode(result), after]

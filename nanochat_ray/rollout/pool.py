@@ -96,6 +96,7 @@ class RolloutPool:
         self._submitted = 0
         self._waiting: list[Work] = []
         self._to_score: deque[Scoring] = deque()
+        self._slack = 1.0  # factor of the deadline
         self._took_s: deque[float] = deque(maxlen=REMEMBERED_UNITS)
         self._failure: BaseException | None = None
         self._closed = False
@@ -312,7 +313,7 @@ class RolloutPool:
     def deadline_s(self) -> float:
         """After how long a unit is given to another actor as well."""
         median_s = statistics.median(self._took_s) if self._took_s else 0.0
-        return max(self.patience.straggler_s, self.patience.straggler_factor * median_s)
+        return self._slack * max(self.patience.straggler_s, self.patience.straggler_factor * median_s)
 
     def _check_deadlines(self) -> None:
         now_s, deadline_s = time.monotonic(), self.deadline_s()
@@ -338,6 +339,8 @@ class RolloutPool:
         # A unit gets twice the time, since it may just be larger than those before; a prompt alone does not.
         if age_s > deadline_s * (2 if work.place is None else 1):
             late = TimeoutError(f"not sampled in {age_s:.0f} s")
+            if not self._took_s:  # perhaps nothing hangs, and all of this is slow
+                self._slack *= 2
             self._samplers.replace(member, late)
             self._fail(work, str(late))
         elif age_s > deadline_s and not member.overdue:

@@ -10,7 +10,7 @@ class PoolPatience:
     """How long is waited and how often tried. Failures and deaths that are nobody's fault count too."""
 
     start_timeout_s: float = 300.0  # without any actor that is placed and loaded
-    straggler_s: float = 120.0  # after so long a unit is given to another actor as well
+    straggler_s: float = 300.0  # after so long a unit is given to another actor as well; doubled until one is done
     straggler_factor: float = 4.0  # but not before so many times the median; after twice the time its actor is ended
     score_s: float = 900.0  # of one unit
     unit_failures: int = 2  # then its prompts are tried one by one

@@ -116,6 +116,9 @@ def reinforce(job: RLJob, world: World, source: RolloutSource, hooks: Hooks) -> 
     if world.rank == 0:
         logger.info("compute dtype %s: %s", str(dtype).removeprefix("torch."), reason)
         log.pull()
+        if settings.temperature != 1 or settings.top_k:
+            logger.warning("temperature %g and top_k %s: sampled from another distribution than the one trained, which "
+                           "nothing corrects", settings.temperature, settings.top_k)
     plan = Plan(settings, job.task.open(), tokenizer, base.model_config.sequence_len)
     try:
         return run_loop(job, world, base, strategy, state, Desk(plan, source, log, world, hooks.beat), hooks, before)
@@ -225,10 +228,10 @@ def publish(desk: Desk, strategy: Strategy, version: int, world: World) -> float
 def check_rewards(groups: Sequence[RolloutGroup], step: int) -> None:
     """ValueError if not one of these rollouts has a reward: going on would be training on nothing."""
     failures = [rollout.failure for group in groups for rollout in group.rollouts]
-    if all(failures):
-        reasons = failures or [group.set_aside for group in groups]
+    if failures and all(failures):
         raise ValueError(
-            f"step {step}: none of {len(failures)} rollouts has a reward; what is said of the first: {reasons[0]}"
+            f"step {step}: none of {len(failures)} rollouts has a reward; what is said of the first: {failures[0]}; "
+            "the same command tries this step again"
         )
 
 

@@ -82,6 +82,14 @@ class RolloutLog:
         return self.folder / f"{split}_{step:06d}.jsonl"
 
 
+def log_sha256(folder: Path) -> str:
+    """A hash of a whole log."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.jsonl")):
+        found.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 class LoggedRollouts:
     """A source that samples nothing: units come from another run's log."""
 
@@ -98,8 +106,10 @@ class LoggedRollouts:
 
     def finished(self, units: Sequence[RolloutUnit]) -> Iterator[FinishedUnit]:
         """ValueError for a unit that the log does not have, or has of other prompts or seeds."""
+        steps = {(unit.split, unit.step) for unit in units}
+        there = {(split, step): self.log.units(split, step) for split, step in steps}
         for unit in units:
-            groups = self.log.units(unit.split, unit.step).get(unit.number)
+            groups = there[unit.split, unit.step].get(unit.number)
             if groups is None:
                 raise ValueError(f"the log {self.log.folder} has no {unit.name}; replay with the settings of its run")
             if tuple(group.prompt for group in groups) != unit.prompts:

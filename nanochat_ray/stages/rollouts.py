@@ -135,6 +135,8 @@ class Scorer(Protocol):
 
     def score(self, unit: RolloutUnit, rollouts: Sequence[Sequence[Rollout]]) -> tuple[RolloutGroup, ...]: ...
 
+    def close(self) -> None: ...
+
 
 class UnitScorer:
     """The task's rewards, for one unit at a time."""
@@ -148,6 +150,9 @@ class UnitScorer:
         if unit.split not in self._prompts:
             self._prompts[unit.split] = self.task.prompts(unit.split)
         return score_unit(self.task, self._prompts[unit.split], self.tokenizer, unit, rollouts)
+
+    def close(self) -> None:
+        return None
 
 
 class OwnRollouts:
@@ -187,3 +192,4 @@ class OwnRollouts:
 
     def close(self) -> None:
         self.sampler.rest()
+        self.scorer.close()

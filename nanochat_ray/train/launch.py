@@ -174,7 +174,7 @@ def fit(
         epoch = stored(lease.advance) if launches > 1 else lease.epoch
         try:
             settings = {"job": job, "lease_epoch": epoch, "tracker_run": tracker_run, "hang_s": patience.hang_s,
-                        "keep_last": keep_last, "grow_every_s": grow_every_s}  # fmt: skip
+                        "wait_s": patience.wait_s, "keep_last": keep_last, "grow_every_s": grow_every_s}  # fmt: skip
             result = launch(job, source, rows_per_step, workers, count, settings)
         except Exception as error:
             if no_use_to_retry(error):
@@ -297,7 +297,9 @@ def train_worker(config: dict[str, Any]) -> Any:
                 job.stage_folder, config["lease_epoch"], world, tracker, config["keep_last"], watchdog.beat
             )
             if isinstance(job, RLJob):
-                source = open_rollouts(job, world, config["rollout_workers"], config["passed_on"], watchdog.beat)
+                source = open_rollouts(
+                    job, world, config["rollout_workers"], config["passed_on"], config["wait_s"], watchdog.beat
+                )
                 with contextlib.closing(source):
                     return reinforce(job, world, source, hooks)
             batches = open_from(config["feed"], world, stream, watchdog)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from nanochat_ray.messages import PassedOn, World
 from nanochat_ray.rollout.elsewhere import ScorerElsewhere
 from nanochat_ray.rollout.pool import ElsewhereRollouts, RolloutPool
+from nanochat_ray.rollout.settings import PoolPatience
 from nanochat_ray.stages.rl import RLJob, plain_rollouts
 from nanochat_ray.stages.rollouts import OwnRollouts, RolloutSource
 
 
 def open_rollouts(
-    job: RLJob, world: World, workers: int, passed_on: PassedOn, beat: Callable[[], None]
+    job: RLJob, world: World, workers: int, passed_on: PassedOn, wait_s: float, beat: Callable[[], None]
 ) -> RolloutSource:
     """A pool of `workers` actors for rank 0, who gives the others their share; the ranks themselves for 0; or a log."""
     if job.settings.replay:
@@ -22,4 +23,5 @@ def open_rollouts(
         return OwnRollouts(spec, world, beat, ScorerElsewhere(spec, world.rank, passed_on, beat))
     if world.rank:
         return ElsewhereRollouts()
-    return RolloutPool(spec, workers, job.settings.score_workers, passed_on=passed_on, beat=beat)
+    patience = PoolPatience(start_timeout_s=wait_s)
+    return RolloutPool(spec, workers, job.settings.score_workers, passed_on=passed_on, patience=patience, beat=beat)

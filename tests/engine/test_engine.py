@@ -259,3 +259,18 @@ def test_the_steps_that_a_gpu_records_give_the_same_tokens(chunk_tokens: int) ->
     found = streams(engine, prompts, dataclasses.replace(GREEDY, use_tools=False))
     assert found == {(k, 0): naive_until_end(engine, prompt, 12) for k, prompt in enumerate(prompts)}
     assert graphs.n_steps > 10
+
+
+def test_a_tool_that_raises_gives_no_output():
+    from nanochat_ray.engine.tool_use import ToolState
+
+    def broken(text: str) -> str | None:
+        raise OverflowError(text)
+
+    tokenizer = byte_tokenizer()
+    block = [tokenizer.encode_special("<|python_start|>"), *tokenizer.encode("6*7")]
+    end = tokenizer.encode_special("<|python_end|>")
+    for tools, wanted in (((broken,), ""), ((broken, lambda text: "42"), "42")):
+        state = ToolState(tokenizer, tools)
+        assert not [forced for token in block for forced in state.feed(token)]
+        assert tokenizer.decode(state.feed(end)[1:-1]) == wanted

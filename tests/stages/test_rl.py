@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -172,3 +173,22 @@ def test_no_reward_at_all_is_an_error(tmp_path):
     job = make_rl(tmp_path / "run", Broken())
     with pytest.raises(ValueError, match=r"none of 6 rollouts has a reward.*finite number"):
         run_rl(job)
+
+
+def test_a_step_whose_prompts_are_all_set_aside_changes_no_reward(whole, tmp_path):
+    """Such prompts stay set aside, so a run that could not get over them would never end."""
+
+    class Poisoned(VersionedRollouts):
+        def _do(self, unit):
+            done = super()._do(unit)
+            if unit.split == "val" or unit.step != 1:
+                return done
+            groups = tuple(replace(group, rollouts=(), set_aside="it kills") for group in done.groups)
+            return replace(done, groups=groups)
+
+    job = make_rl(tmp_path / "run")
+    hooks = Recorder(job.stage_folder)
+    result = run_rl(job, hooks, Poisoned(job.rollout_spec("cpu")))
+    assert result["status"] == "done" and hooks.of("rollout/set_aside")[1] == SETTINGS.examples_per_step
+    named = next(record["rollout/left_out"] for record in hooks.records if "rollout/left_out" in record)
+    assert set(named.values()) == {"it kills"}
