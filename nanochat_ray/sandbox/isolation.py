@@ -56,13 +56,14 @@ def command(
     is_root = os.getuid() == 0
     uid = spare_user() if is_root else USER_INSIDE
     if isolation == "bwrap":
-        first = f"become_nobody({TREE!r}, {uid})\nos.chdir({SCRATCH!r})\n" if is_root else ""
+        first = "" if filter_fd is not None else "leave_keyring()\n"  # the filter refuses all calls about keys
+        first += f"become_nobody({TREE!r}, {uid})\nos.chdir({SCRATCH!r})\n" if is_root else ""
         return *bwrap(info_fd, filter_fd, is_root), *python(source("inside.py"), first + run)
     options = f"mode=1777,size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES}"
     arguments = (
         info_fd, uid, TREE, [*visible_paths()], [*DEVICES], [*hidden_paths()], SCRATCH, options, filter_bytes(),
     )  # fmt: skip
-    enter = f"enter(lambda: {run}, become_nobody, *{arguments!r})"
+    enter = f"leave_keyring()\nenter(lambda: {run}, set_limits, {limits!r}, become_nobody, *{arguments!r})"
     return python(source("inside.py"), source("namespaces.py"), enter)
 
 

@@ -19,7 +19,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 MS_OF_STATVFS = {2: MS_NOSUID, 4: MS_NODEV, 8: MS_NOEXEC, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 MNT_DETACH = 2
 SIGKILL = 9  # the module `signal` takes long to import
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 4, 22, 38, 2
 CAPABILITY_VERSION_3 = 0x20080522
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
@@ -38,7 +38,8 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def enter(
-    run: Callable[[], None], become_nobody: Callable[[str, int], None], info_fd: int, uid: int, tree: str,
+    run: Callable[[], None], set_limits: Callable[[dict[str, int]], None], limits: dict[str, int],
+    become_nobody: Callable[[str, int], None], info_fd: int, uid: int, tree: str,
     binds: list[str], devices: list[str], empty: list[str], scratch: str, scratch_options: str, filter_bytes: bytes,
 ) -> None:  # fmt: skip
     """Run `run` isolated; this process waits for it and ends with its status. Does not return."""
@@ -75,8 +76,13 @@ def enter(
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if filter_bytes:
         install_filter(filter_bytes)
+    # The program runs as the same user as this process. What it made this one do would be done within no limits, so it
+    # may not trace it, and there are limits all the same.
+    set_limits(limits)
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
     program = os.fork()
     if program == 0:
+        check(libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")  # its memory is looked at from outside
         run()
     os.closerange(0, 1 << 16)
     while True:  # the first process of a namespace inherits all orphans

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import select
 import selectors
 import signal
@@ -28,6 +29,7 @@ PROCESSES = 32  # and threads, of one program
 START_TIMEOUT_S, END_TIMEOUT_S = 30.0, 30.0
 LAUNCHER_ENDS_S = 2.0  # after what it has launched
 WATCH_EVERY_S = 0.05
+FIRST_PROCESS_BYTES = 32 << 20  # far above what the first process of a namespace takes by itself
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1",
     "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
@@ -102,6 +104,8 @@ def run_isolated(
             raise SandboxFailed(f"no process could be started: {error}") from error
         stack.callback(running.end)
         wait_until_ready(running, has_info=isolation != "none")
+        if isolation == "bwrap":  # whose first process knows no limits; that of "unshare" has set them itself
+            limit_first(running.first_pid, limits_of(isolation, timeout_s, memory_bytes))
         prefer_as_victims(running)
         begun = time.monotonic()
         length = b"%0*d" % (LENGTH_BYTES, len(source))
@@ -121,9 +125,8 @@ def run_isolated(
                      code if code >= 0 else 128 - code, seconds)  # fmt: skip
 
 
-def start(
-    stack: contextlib.ExitStack, isolation: Isolation, timeout_s: float, memory_bytes: int, folder: str
-) -> Running:
+def limits_of(isolation: Isolation, timeout_s: float, memory_bytes: int) -> dict[str, int]:
+    """The kernel's limits for one process of a program."""
     limits = {
         "RLIMIT_CPU": math.ceil(timeout_s) + 1, "RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": FILE_BYTES,
         "RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_NPROC": PROCESSES, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0,
@@ -131,6 +134,20 @@ def start(
     }  # fmt: skip
     if isolation == "none":
         del limits["RLIMIT_NPROC"]  # outside of a namespace it counts all processes of the user
+    return limits
+
+
+def limit_first(pid: int, limits: dict[str, int]) -> None:
+    """Limit a process from outside, where its user may. Where not, it is not the program's user either."""
+    for name, value in limits.items():
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            resource.prlimit(pid, getattr(resource, name), (value, value))
+
+
+def start(
+    stack: contextlib.ExitStack, isolation: Isolation, timeout_s: float, memory_bytes: int, folder: str
+) -> Running:
+    limits = limits_of(isolation, timeout_s, memory_bytes)
     with contextlib.ExitStack() as theirs:
         outputs, given = {}, {}
         for name in ("stdout", "stderr", "result", "info"):
@@ -223,7 +240,7 @@ def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> 
                 return "timeout"
             if now >= next_look:
                 pids = [pid for pid in tree(running.first_pid) if pid != running.first_pid]
-                if tree_bytes(pids, memory_bytes) > memory_bytes:
+                if tree_bytes(running.first_pid, pids, memory_bytes) > memory_bytes:
                     return "memory"
                 if scratch_files(pids) > SCRATCH_FILES:
                     return "files"
@@ -265,19 +282,28 @@ def tree(pid: int) -> Iterator[int]:
                     waiting += map(int, children.read_text().split())
 
 
-def tree_bytes(pids: Sequence[int], enough: int) -> int:
+def tree_bytes(first_pid: int, pids: Sequence[int], enough: int) -> int:
     """Memory that a program's processes hold together, shared pages counted once, and files in memory.
 
-    What a single process has mapped is limited by the kernel already, and not looked at.
+    What a single process has mapped is limited by the kernel already, and not looked at. Of the namespace's first
+    process only that counts which it would not have by itself.
     """
-    total = sum(memory_files(pid) for pid in pids)
-    for pid in pids if len(pids) > 1 else []:
+    first_bytes = max(0, resident_bytes(first_pid) - FIRST_PROCESS_BYTES)
+    total = first_bytes + sum(memory_files(pid) for pid in pids)
+    for pid in pids if len(pids) > 1 or first_bytes else []:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
         if total > enough:
             break
     return total
+
+
+def resident_bytes(pid: int) -> int:
+    """Of a process whose memory need not be readable; 0 for one that is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def memory_files(pid: int) -> int:

@@ -6,7 +6,8 @@ import secrets
 
 import pytest
 
-from nanochat_ray.sandbox import process
+from nanochat_ray.sandbox import isolation as isolations
+from nanochat_ray.sandbox import process, program
 from nanochat_ray.sandbox.isolation import Isolation
 from tests.sandbox.isolated import require
 
@@ -23,3 +24,10 @@ def nonce(monkeypatch) -> str:
     text = secrets.token_hex(8)
     monkeypatch.setitem(process.ENVIRONMENT, "NONCE", text)
     return text
+
+
+@pytest.fixture
+def without_filter(monkeypatch) -> None:
+    """As on a machine where neither seccomp nor pyseccomp is installed."""
+    for module in (process, program, isolations):
+        monkeypatch.setattr(module, "filter_bytes", lambda: b"")

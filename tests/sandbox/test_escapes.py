@@ -56,6 +56,12 @@ def outside(tmp_path_factory) -> Iterator[Outside]:
         listener.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempt_without_the_filter(name, isolation, nonce, outside, monkeypatch, without_filter):
+    test_attempt(name, isolation, nonce, outside, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_attempt(name, isolation, nonce, outside, monkeypatch):
     monkeypatch.setenv("SECRET", "do not tell")
