@@ -1,7 +1,8 @@
 """A filter of system calls, on top of the isolation, where the binding of libseccomp is installed.
 
 It takes away what no program needs and what kernels have had faults in, and the ways to hold memory that no process'
-limit counts: System V's shared memory, and files in memory.
+limit counts: System V's shared memory, and files in memory. Of sockets it leaves the usual families, since a few others
+(AF_VSOCK, to a virtual machine's host) know no namespaces.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ REFUSED = (
     "reboot", "request_key", "semget", "setdomainname", "sethostname", "setns", "settimeofday", "shmget", "swapoff",
     "swapon", "syslog", "umount2", "unshare", "uselib", "userfaultfd", "vhangup", "vmsplice",
 )  # fmt: skip
+FAMILIES = (1, 2, 10, 16)  # of sockets: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+LAST_FAMILY = 63  # more than any kernel has; all above it are refused together
 NEW_NAMESPACES = 0x7E020000 | 0x80  # the flags of clone that make namespaces
 
 
@@ -39,6 +42,10 @@ def filter_bytes() -> bytes:
     for bit in range(32):
         if NEW_NAMESPACES >> bit & 1:
             rules.add_rule(refuse, "clone", library.Arg(0, library.MASKED_EQ, 1 << bit, 1 << bit))
+    for name in ("socket", "socketpair"):
+        for family in set(range(LAST_FAMILY + 1)) - {*FAMILIES}:
+            rules.add_rule(refuse, name, library.Arg(0, library.MASKED_EQ, 0xFFFFFFFF, family))
+        rules.add_rule(refuse, name, library.Arg(0, library.GT, LAST_FAMILY))
     rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")  # its flags lie in memory; libc falls back to clone
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)

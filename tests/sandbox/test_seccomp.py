@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import platform
+import socket
 
 import pytest
 
@@ -24,6 +25,24 @@ def test_refused_calls(isolation):
     result = sandbox.run_program(code, isolation=isolation)
     assert result.stdout == f"-1 {errno.EPERM}\n" * len(NUMBERS)
     assert result.isolation == f"{isolation}+seccomp"
+
+
+def test_sockets_of_other_families_are_refused(isolation):
+    code = f"""
+import ctypes
+c = ctypes.CDLL(None, use_errno=True)
+made = []
+for call in (41, 53):
+    for family in (*range(64), 1000, -1, 2**32 + 40):
+        for kind in (1, 2, 3, 5):
+            ctypes.set_errno(0)
+            found = c.syscall(call, ctypes.c_long(family), kind, 0, (ctypes.c_int * 2)())
+            if ctypes.get_errno() != {errno.EPERM} and family not in made:
+                made.append(family)
+print(made)
+"""
+    families = [socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK]
+    assert sandbox.run_program(code, isolation=isolation).stdout == f"{[int(family) for family in families]}\n"
 
 
 def test_what_programs_use_still_works(isolation):
