@@ -17,6 +17,7 @@ from functools import cache
 from nanochat_ray.sandbox.inside import PASSED, RAISED, TOKEN_BYTES
 from nanochat_ray.sandbox.isolation import HOW_TO_GET_IT, ISOLATIONS, SCRATCH_FILES, Isolation
 from nanochat_ray.sandbox.process import OUTPUT_BYTES, Ended, machine_oom_kills, run_isolated
+from nanochat_ray.sandbox.queueing import QUEUEING, Queueing
 from nanochat_ray.sandbox.result import ProgramResult, SandboxFailed, SandboxUnavailable
 from nanochat_ray.sandbox.seccomp import filter_bytes
 
@@ -87,12 +88,20 @@ def run_program(
 async def run_program_async(
     code: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES, *, unsafe: bool = False
 ) -> ProgramResult:
-    """`run_program` for an event loop: as many at a time as there are CPUs, the others wait their turn."""
+    """`run_program` for an event loop: as many at a time as there are CPUs, the others wait their turn.
+
+    A caller who limits the time of this puts a Queueing into QUEUEING, and leaves out what it tells.
+    """
+    queueing = QUEUEING.get() or Queueing()
 
     def run() -> ProgramResult:
+        queueing.leave()
         return run_program(code, timeout_s, memory_bytes, unsafe=unsafe)
 
-    return await asyncio.get_running_loop().run_in_executor(_threads(), run)
+    queueing.enter()
+    future = _threads().submit(run)
+    future.add_done_callback(lambda future: queueing.leave() if future.cancelled() else None)  # it never had its turn
+    return await asyncio.wrap_future(future)
 
 
 def run_programs(codes: Sequence[str], *, unsafe: bool = False) -> list[ProgramResult | SandboxFailed]:
