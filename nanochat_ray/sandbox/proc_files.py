@@ -92,15 +92,20 @@ def buffer_bytes(setting: str) -> int:
 
 
 def used_s(pid: int) -> tuple[float, float]:
-    """Seconds that a tree of processes has had a CPU, and seconds that it has waited for one; (0, 0) if unknown."""
-    ran, waited = 0, 0
+    """Seconds that a tree of processes has had a CPU, and seconds that it has waited for one; (0, 0) if unknown.
+
+    It has waited as long as the thread that has waited longest, but for what its other threads ran meanwhile: a fork
+    bomb stands in its own way.
+    """
+    threads = []
     for member in tree(pid):
         with contextlib.suppress(OSError):
             for thread in os.scandir(f"/proc/{member}/task"):
                 with contextlib.suppress(OSError):
                     numbers = Path(thread.path, "schedstat").read_text().split()
-                    ran, waited = ran + int(numbers[0]), waited + int(numbers[1])
-    return ran / 1e9, waited / 1e9
+                    threads.append((int(numbers[0]) / 1e9, int(numbers[1]) / 1e9))
+    all_ran = sum(ran for ran, _ in threads)
+    return all_ran, max((waited - (all_ran - ran) for ran, waited in threads), default=0.0)
 
 
 def scratch_files(pids: Sequence[int]) -> int:
