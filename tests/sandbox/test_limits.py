@@ -84,6 +84,7 @@ def test_waiting_for_a_cpu_is_not_a_programs_time(isolation):
     assert sandbox.run_program("import time; time.sleep(1000)", 0.3, isolation=isolation).timeout
 
 
+@pytest.mark.slow
 def test_too_little_cpu_is_the_machines_fault(isolation):
     with one_busy_cpu(12), pytest.raises(SandboxFailed, match="the machine is overloaded"):
         sandbox.run_program("while True: pass", 0.3, isolation=isolation)
