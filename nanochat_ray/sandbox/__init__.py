@@ -8,10 +8,13 @@ from nanochat_ray.sandbox.program import (
     try_program,
     usable,
 )
+from nanochat_ray.sandbox.queueing import QUEUEING, Queueing
 from nanochat_ray.sandbox.result import ProgramResult, SandboxFailed, SandboxUnavailable
 
 __all__ = [
+    "QUEUEING",
     "ProgramResult",
+    "Queueing",
     "SandboxFailed",
     "SandboxUnavailable",
     "require_isolation",

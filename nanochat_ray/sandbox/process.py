@@ -12,14 +12,13 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
-from pathlib import Path
 from typing import Literal
 
 from nanochat_ray.sandbox.inside import LENGTH_BYTES, READY
-from nanochat_ray.sandbox.isolation import SCRATCH, SCRATCH_FILES, Isolation, command
+from nanochat_ray.sandbox.isolation import SCRATCH_FILES, Isolation, command
+from nanochat_ray.sandbox.proc_files import prefer_as_victims, scratch_files, tree, tree_bytes, used_s
 from nanochat_ray.sandbox.result import SandboxFailed
 from nanochat_ray.sandbox.seccomp import filter_bytes
 
@@ -29,7 +28,8 @@ PROCESSES = 32  # and threads, of one program
 START_TIMEOUT_S, END_TIMEOUT_S = 30.0, 30.0
 LAUNCHER_ENDS_S = 2.0  # after what it has launched
 WATCH_EVERY_S = 0.05
-FIRST_PROCESS_BYTES = 32 << 20  # far above what the first process of a namespace takes by itself
+LEAST_MISSING = 0.02  # of its limit, for which a program is waited for longer
+LONGEST = 3.0  # times its limit, for a program that waits for a CPU
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1",
     "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
@@ -106,10 +106,10 @@ def run_isolated(
         wait_until_ready(running, has_info=isolation != "none")
         if isolation == "bwrap":  # whose first process knows no limits; that of "unshare" has set them itself
             limit_first(running.first_pid, limits_of(isolation, timeout_s, memory_bytes))
-        prefer_as_victims(running)
+        prefer_as_victims(running.first_pid)
         begun = time.monotonic()
         length = b"%0*d" % (LENGTH_BYTES, len(source))
-        ending = watch(running, token + length + source, begun + timeout_s, memory_bytes)
+        ending = watch(running, token + length + source, timeout_s, memory_bytes)
         seconds = time.monotonic() - begun
         running.end()
         for name, stream in running.outputs.items():
@@ -225,9 +225,32 @@ def last_words(running: Running) -> str:
     return running.received["stderr"].decode("utf-8", "replace").strip().split("\n")[-1] or "no answer"
 
 
-def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> Ending:
+class Clock:
+    """The time on the wall, given back where an overloaded machine let the program wait for a CPU."""
+
+    def __init__(self, running: Running, timeout_s: float) -> None:
+        self.pid, self.timeout_s = running.first_pid or running.process.pid, timeout_s
+        self.begun_s, self.used_s = time.monotonic(), used_s(self.pid)
+        self.deadline_s = self.begun_s + timeout_s
+
+    def is_over(self) -> bool:
+        """Whether the program has had its time. SandboxFailed if the machine does not give it that in LONGEST."""
+        if time.monotonic() < self.deadline_s:
+            return False
+        ran_s, waited_s = (now - before for now, before in zip(used_s(self.pid), self.used_s, strict=True))
+        missing_s = min(self.begun_s + self.timeout_s + waited_s - time.monotonic(), self.timeout_s - ran_s)
+        if missing_s < LEAST_MISSING * self.timeout_s:
+            return True
+        if time.monotonic() >= self.begun_s + LONGEST * self.timeout_s:
+            raise SandboxFailed(f"the machine is overloaded: a program had a CPU for {ran_s:.2g} s only, in "
+                                f"{LONGEST:g} times its limit of {self.timeout_s:g} s")  # fmt: skip
+        self.deadline_s = min(time.monotonic() + missing_s, self.begun_s + LONGEST * self.timeout_s)
+        return False
+
+
+def watch(running: Running, sent: bytes, timeout_s: float, memory_bytes: int) -> Ending:
     """Send the program and wait for its end, or a reason to end it."""
-    rest = memoryview(sent)
+    rest, clock = memoryview(sent), Clock(running, timeout_s)
     with selectors.DefaultSelector() as selector:
         for name in ("stdout", "stderr", "result"):
             selector.register(running.outputs[name], selectors.EVENT_READ, name)
@@ -236,7 +259,7 @@ def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> 
         next_look = time.monotonic() + WATCH_EVERY_S
         while True:
             now = time.monotonic()
-            if now >= deadline:
+            if clock.is_over():
                 return "timeout"
             if now >= next_look:
                 pids = [pid for pid in tree(running.first_pid) if pid != running.first_pid]
@@ -245,7 +268,7 @@ def watch(running: Running, sent: bytes, deadline: float, memory_bytes: int) -> 
                 if scratch_files(pids) > SCRATCH_FILES:
                     return "files"
                 next_look = time.monotonic() + WATCH_EVERY_S
-            for key, _ in selector.select(max(0.0, min(deadline, next_look) - now)):
+            for key, _ in selector.select(max(0.0, min(clock.deadline_s, next_look) - now)):
                 if key.data == "ended":
                     return "itself"
                 if key.data == "control":
@@ -265,78 +288,3 @@ def send(control: FileIO, rest: memoryview) -> int:
         return control.write(rest) or 0
     except BrokenPipeError:
         return len(rest)
-
-
-# --- the tree of processes -------------------------------------------------------------------------------------------
-
-
-def tree(pid: int) -> Iterator[int]:
-    """A process and its descendants; some may be gone meanwhile. Empty for 0."""
-    waiting = [pid] if pid else []
-    while waiting:
-        parent = waiting.pop()
-        yield parent
-        with contextlib.suppress(OSError):
-            for children in Path(f"/proc/{parent}/task").glob("*/children"):
-                with contextlib.suppress(OSError):
-                    waiting += map(int, children.read_text().split())
-
-
-def tree_bytes(first_pid: int, pids: Sequence[int], enough: int) -> int:
-    """Memory that a program's processes hold together, shared pages counted once, and files in memory.
-
-    What a single process has mapped is limited by the kernel already, and not looked at. Of the namespace's first
-    process only that counts which it would not have by itself.
-    """
-    first_bytes = max(0, resident_bytes(first_pid) - FIRST_PROCESS_BYTES)
-    total = first_bytes + sum(memory_files(pid) for pid in pids)
-    for pid in pids if len(pids) > 1 or first_bytes else []:
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-        if total > enough:
-            break
-    return total
-
-
-def resident_bytes(pid: int) -> int:
-    """Of a process whose memory need not be readable; 0 for one that is gone."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def memory_files(pid: int) -> int:
-    """Bytes of a process' open files that lie in memory only (memfd_create), mapped or not."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for link in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(link.path).startswith("/memfd:"):
-                    total += 512 * link.stat().st_blocks
-    return total
-
-
-def scratch_files(pids: Sequence[int]) -> int:
-    """Files in the scratch folder of these processes, whose bytes are limited, but not by every kernel their number."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            found = os.statvfs(f"/proc/{pid}/root{SCRATCH}")
-            return found.f_files - found.f_ffree
-    return 0
-
-
-def prefer_as_victims(running: Running) -> None:
-    """Let the kernel, should the machine's memory run out, end this program rather than anything else."""
-    for pid in tree(running.first_pid):
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
-
-
-def machine_oom_kills() -> int:
-    """How many processes the kernel has ended for want of memory since it started."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

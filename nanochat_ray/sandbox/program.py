@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +17,9 @@ from functools import cache
 
 from nanochat_ray.sandbox.inside import PASSED, RAISED, TOKEN_BYTES
 from nanochat_ray.sandbox.isolation import HOW_TO_GET_IT, ISOLATIONS, SCRATCH_FILES, Isolation
-from nanochat_ray.sandbox.process import OUTPUT_BYTES, Ended, machine_oom_kills, run_isolated
+from nanochat_ray.sandbox.proc_files import machine_oom_kills
+from nanochat_ray.sandbox.process import OUTPUT_BYTES, Ended, run_isolated
+from nanochat_ray.sandbox.queueing import QUEUEING, Queueing
 from nanochat_ray.sandbox.result import ProgramResult, SandboxFailed, SandboxUnavailable
 from nanochat_ray.sandbox.seccomp import filter_bytes
 
@@ -68,7 +71,12 @@ def run_program(
     reads the secret out of its own interpreter's frames, or whose objects claim to be equal to anything, has not solved
     what the tests in it ask. Only comparing outputs in another process would. A fault of the kernel is a way out; the
     filter of system calls, where `pyseccomp` is installed, makes it narrower. Without the filter System V's shared
-    memory is unlimited (but for root with "unshare"), and a program may stop the first process of its own namespace.
+    memory is unlimited (but for root with "unshare"), so are files in memory that lie in a socket and are open nowhere,
+    sockets of families like AF_VSOCK know no namespaces, and bwrap's first process can be stopped by an ordinary user's
+    program. A socket counts as memory with all that it may buffer, 8 MiB at most.
+
+    A program that had to wait for a CPU gets that time back, up to three times `timeout_s`; one that still has not had
+    its time then is the machine's fault.
 
     `isolation` is found out when it is not given. Raises SandboxUnavailable if this machine has none, unless `unsafe`,
     which runs the program with limits only, as this user. Raises SandboxFailed if the machine was at fault.
@@ -80,19 +88,30 @@ def run_program(
         return _run(code, timeout_s, memory_bytes, chosen, "")
     if not unsafe or sys.platform != "linux":
         raise SandboxUnavailable("a program runs without isolation only when told so (unsafe=True), and on Linux")
-    with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix="program-")
+    try:
         return _run(code, timeout_s, memory_bytes, chosen, folder)
+    finally:
+        remove(folder)
 
 
 async def run_program_async(
     code: str, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES, *, unsafe: bool = False
 ) -> ProgramResult:
-    """`run_program` for an event loop: as many at a time as there are CPUs, the others wait their turn."""
+    """`run_program` for an event loop: as many at a time as there are CPUs, the others wait their turn.
+
+    A caller who limits the time of this puts a Queueing into QUEUEING, and leaves out what it tells.
+    """
+    queueing = QUEUEING.get() or Queueing()
 
     def run() -> ProgramResult:
+        queueing.leave()
         return run_program(code, timeout_s, memory_bytes, unsafe=unsafe)
 
-    return await asyncio.get_running_loop().run_in_executor(_threads(), run)
+    queueing.enter()
+    future = _threads().submit(run)
+    future.add_done_callback(lambda future: queueing.leave() if future.cancelled() else None)  # it never had its turn
+    return await asyncio.wrap_future(future)
 
 
 def run_programs(codes: Sequence[str], *, unsafe: bool = False) -> list[ProgramResult | SandboxFailed]:
@@ -115,6 +134,20 @@ def try_program(code: str, *, unsafe: bool = False) -> ProgramResult | SandboxFa
                 return error
             time.sleep(WAIT_S * number)
     raise AssertionError("unreachable")
+
+
+def remove(folder: str) -> None:
+    """Delete what a program has left, folders of any depth and rights too. SandboxFailed if something stays.
+
+    `rm` and `chmod` follow no links, and no depth is too much for them.
+    """
+    for prepare in ((), ("chmod", "-R", "u+rwX", "--", folder)):
+        if prepare:
+            subprocess.run(prepare, stdin=subprocess.DEVNULL, capture_output=True)
+        found = subprocess.run(("rm", "-rf", "--", folder), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if found.returncode == 0:
+            return
+    raise SandboxFailed(f"the folder of a program could not be removed: {found.stderr.strip()[:500]}")
 
 
 @cache

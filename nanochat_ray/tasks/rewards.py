@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import copy
 import functools
 import inspect
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.messages import Rollout, RolloutGroup, RolloutUnit, ScoredRollout
+from nanochat_ray.sandbox import QUEUEING, Queueing
 from nanochat_ray.tasks.rl_task import Reward, RLTask
 from nanochat_ray.tasks.task import Conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 
 BEAT_S = 1.0
+QUEUE_BEAT_S = 0.02  # a try that has hardly any time left looks this often whether its program's turn has come
 MAX_FAILURE_CHARS = 500
 
 
@@ -39,7 +42,7 @@ class RewardLimits:
     """How rewards are asked for."""
 
     concurrency: int = 64  # at a time, per unit
-    timeout_s: float = 60.0  # of one try
+    timeout_s: float = 60.0  # of one try, but for what `run_program_async` waits until a program's turn comes
     tries: int = 3
     pause_s: float = 1.0  # between two tries
 
@@ -190,10 +193,19 @@ async def _called(reward: Reward, conversation: Conversation, text: str) -> Any:
 
 
 async def _within(timeout_s: float, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What the coroutine gives. After the time it is cancelled, and nobody waits until it obeys."""
-    running = asyncio.ensure_future(coroutine)
-    done, _ = await asyncio.wait({running}, timeout=timeout_s)
-    if not done:
+    """What the coroutine gives. After the time it is cancelled, and nobody waits until it obeys.
+
+    What its programs wait for their turn is not its time: behind many endless programs that may be minutes.
+    """
+    queueing = Queueing()
+    context = contextvars.copy_context()
+    context.run(QUEUEING.set, queueing)
+    running = asyncio.get_running_loop().create_task(coroutine, context=context)
+    begun_s, left_s = time.monotonic(), timeout_s
+    while left_s > 0 and not running.done():
+        await asyncio.wait({running}, timeout=max(left_s, QUEUE_BEAT_S))
+        left_s = begun_s + timeout_s + queueing.seconds() - time.monotonic()
+    if not running.done():
         running.cancel()
         running.add_done_callback(lambda future: future.cancelled() or future.exception())
         raise TimeoutError(f"no reward within {timeout_s:g} s")

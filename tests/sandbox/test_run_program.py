@@ -317,6 +317,33 @@ def test_without_isolation_nothing_runs_unless_told(monkeypatch, tmp_path):
         program._probe_once.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "for _ in range(3000):\n    os.mkdir('d'); os.chdir('d')",
+        "os.makedirs('a/b'); open('a/f', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0o500)",
+        "os.symlink(KEPT, 'link'); os.mkdir('-rf'); os.chmod('.', 0o500)",
+    ],
+)
+def test_what_an_unsafe_program_leaves_is_removed(code, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("x")
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(program.tempfile, "tempdir", str(folder))
+    result = sandbox.run_program(f"import os\nKEPT = {str(kept)!r}\n{code}", unsafe=True, isolation="none")
+    assert result.error is None and list(folder.iterdir()) == [] and (kept / "file").exists()
+
+
+def test_what_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    (tmp_path / "rm").write_text("#!/bin/sh\necho busy >&2; exit 1\n")
+    (tmp_path / "rm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(SandboxFailed, match="could not be removed: busy"):
+        sandbox.run_program("pass", unsafe=True, isolation="none")
+
+
 def test_wrong_limits_are_refused(isolation):
     with pytest.raises(ValueError, match="timeout_s 0 must be above 0"):
         sandbox.run_program("pass", 0, isolation=isolation)

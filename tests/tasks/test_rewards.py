@@ -6,12 +6,14 @@ import asyncio
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.messages import Rollout, RolloutPrompt, RolloutUnit, SamplingParams
+from nanochat_ray.sandbox import program, run_program_async
 from nanochat_ray.tasks import rewards
 from nanochat_ray.tasks.rewards import RewardLimits, reward_all, score_unit, tool_calls
 from nanochat_ray.tasks.rl_task import RLTask
@@ -185,6 +187,26 @@ def test_a_reward_that_hangs_is_given_up(reward):
     outcome = one(reward)
     assert outcome.reward is None and "TimeoutError: no reward within 0.2 s" in str(outcome.failure)
     assert time.monotonic() - begun < 5  # hangs are of 30 s
+
+
+async def hang_after_a_program(conversation, text):
+    programs = [asyncio.ensure_future(run_program_async("pass", unsafe=True)) for _ in range(2)]
+    await programs[0]
+    programs[1].cancel()  # perhaps before its turn
+    await asyncio.sleep(30)
+
+
+def test_waiting_for_a_programs_turn_is_not_the_rewards_time(monkeypatch):
+    monkeypatch.setattr(program, "_threads", lambda pool=ThreadPoolExecutor(1): pool)
+
+    async def reward(conversation, text):
+        return float((await run_program_async("while True: pass", 0.15, unsafe=True)).success)
+
+    limits = RewardLimits(timeout_s=0.5, tries=1)
+    found = reward_all(reward, [(CONVERSATION, "")] * 6, limits)  # the last waits for 0.75 s at least
+    assert [(outcome.reward, outcome.failure) for outcome in found] == [(0.0, None)] * 6
+    outcome = one(hang_after_a_program, limits=RewardLimits(timeout_s=0.3, tries=1))
+    assert "TimeoutError: no reward within 0.3 s" in str(outcome.failure)
 
 
 def test_a_reward_that_blocks_the_loop_is_given_up_and_the_next_unit_has_another_loop(monkeypatch):
