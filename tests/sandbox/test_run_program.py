@@ -249,8 +249,10 @@ def test_a_launcher_that_is_killed_takes_all_with_it(isolation, nonce):
     def kill() -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
+            mine = set(processes_with(nonce))
             for child in psutil.Process().children():
-                if len(child.children(recursive=True)) >= 3:  # the namespace's first process, the program, its child
+                below = {process.pid for process in child.children(recursive=True)}
+                if len(below & mine) >= 3:  # the namespace's first process, the program, its child
                     os.kill(child.pid, signal.SIGKILL)
                     return
             time.sleep(0.02)
