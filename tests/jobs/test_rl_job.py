@@ -247,6 +247,7 @@ def on_ray(ray_cluster, monkeypatch):
     monkeypatch.setattr(_runtime, "available_cpus", lambda: 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_ray")
 def test_ahead_of_time_on_ray(tmp_path):
     folder = prepare(tmp_path, N_PROMPTS)

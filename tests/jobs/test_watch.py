@@ -58,6 +58,7 @@ def wait_until(true, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_watching_job_is_killed_and_started_again_while_the_run_trains(calm, tmp_path, shards):
     watcher = start(tmp_path, "base_eval.py", *WATCH)  # before there is a run
     stage = tokenized(tmp_path, shards)

@@ -252,6 +252,7 @@ def test_a_killed_actor_is_replaced_and_its_unit_done_again(pool, alone):
     assert after.set_aside == before.set_aside and after.busy_s > before.busy_s
 
 
+@pytest.mark.slow
 def test_a_straggler_is_overtaken_and_ended(pool, alone):
     before = pool.stats()
     wait_until(lambda: pool.stats().actors == 2, "the killed actor's place stays empty")
@@ -271,6 +272,7 @@ def test_a_wrong_setting_surfaces_as_it_is(make_pool, spec, tmp_path):
     pool.close()
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_are_no_prompts_fault(make_pool, spec):
     pool = make_pool(1)
     pool.publish(0, GPT.build(CONFIG.model_copy(update={"n_layer": 3})))
