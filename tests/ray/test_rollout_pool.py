@@ -254,8 +254,9 @@ def test_a_killed_actor_is_replaced_and_its_unit_done_again(pool, alone):
 
 @pytest.mark.slow
 def test_a_straggler_is_overtaken_and_ended(pool, alone):
+    pool.publish(3, MODELS[3])
+    wait_until(lambda: pool.stats().actors == 2, "an actor's place stays empty")
     before = pool.stats()
-    wait_until(lambda: pool.stats().actors == 2, "the killed actor's place stays empty")
     units = [unit(0, 3, ("hangs-once", "plain"), step=6), unit(1, 3, step=6)]
     pool.submit(units)
     assert by_name(pool.finished(units)) == {one.name: alone(one) for one in units}
