@@ -22,6 +22,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     from _train import Feed, other_optimizer, train
 
     from nanochat_ray.stages.rl import RLJob
+    from nanochat_ray.stages.rl_desk import steps_of
     from nanochat_ray.stages.rollout_log import log_sha256
     from nanochat_ray.tasks.rl_task import rl_task_of
     from nanochat_ray.tasks.rows import TaskDataMissing
@@ -51,10 +52,16 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
         if notes is None:
             return True
-        result = train(job, stage, Feed(rollout_workers=rollout_workers(job, settings)), settings.num_iterations)
+        n_steps = steps_of(settings, len(task.open().prompts("train")))
+        result = train(job, stage, Feed(rollout_workers=rollout_workers(job, settings)), n_steps)
         notes.metrics |= result["metrics"]
         notes.hashes |= hashes
     return True
+
+
+def actors_beside(settings: RLSettings) -> int:
+    """Actors that a private cluster should have room for beside the training workers."""
+    return (settings.rollout_workers or available_cpus()) + 1
 
 
 def rollout_workers(job: Job, settings: RLSettings) -> int:
@@ -81,8 +88,7 @@ def cli() -> None:
     from _data import pinned_world
 
     tag = existing_run(settings.storage, settings.model_tag)
-    beside = (rl.rollout_workers or available_cpus()) + 1
-    with open_job(settings, tag, beside) as job:
+    with open_job(settings, tag, actors_beside(rl)) as job:
         run(job, rl, pinned_world(job.run_dir, settings.storage))
 
 

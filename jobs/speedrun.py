@@ -70,7 +70,8 @@ def speedrun(settings: SpeedrunSettings) -> None:
 
     pretrain.refuse_early(settings.run, settings.pretrain)
     plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
-    with open_job(settings.run, settings.run.model_tag or f"d{settings.pretrain.depth}") as job:
+    tag = settings.run.model_tag or f"d{settings.pretrain.depth}"
+    with open_job(settings.run, tag, rl.actors_beside(settings.rl)) as job:
         data = RunData(job, shards_needed(plan.total_tokens))
         first_shards = data.for_tokenizer(settings.tokenizer.max_chars)
         tok_train.run(job, settings.tokenizer, first_shards)

@@ -32,6 +32,11 @@ from nanochat_ray.text.tokenizer import Tokenizer
 LONGEST_TEXTS = 64  # prompts that are looked at to know the longest
 
 
+def steps_of(settings: RLSettings, n_prompts: int) -> int:
+    """Optimizer steps of a run on so many training prompts."""
+    return settings.num_iterations or -(-n_prompts * settings.num_epochs // settings.examples_per_step)
+
+
 class Plan:
     """Which prompts a step has, and which seeds: a function of settings and task alone.
 
@@ -52,8 +57,7 @@ class Plan:
 
     @property
     def n_steps(self) -> int:
-        s = self.settings
-        return s.num_iterations or -(-self.n_train * s.num_epochs // s.examples_per_step)
+        return steps_of(self.settings, self.n_train)
 
     def longest(self) -> int:
         """Positions that the longest prompt fills with its completion, as far as the longest texts tell."""

@@ -79,12 +79,15 @@ def tool_user() -> GPT:
 MODELS = {version: network(version) for version in range(4)}
 
 
+def spec_in(folder: Path, name: str) -> RolloutSpec:
+    byte_tokenizer().save(folder / "tokenizer")
+    task = RLTaskSpec("file", Path("nowhere/moods.py"), source_text=TASK)
+    return RolloutSpec(name, task, folder / "tokenizer", CONFIG, "cpu", "float32", max_rows=8, max_len=48)
+
+
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> RolloutSpec:
-    folder = tmp_path_factory.mktemp("pool") / "tokenizer"
-    byte_tokenizer().save(folder)
-    task = RLTaskSpec("file", Path("nowhere/moods.py"), source_text=TASK)
-    return RolloutSpec("tiny rl", task, folder, CONFIG, "cpu", "float32", max_rows=8, max_len=48)
+    return spec_in(tmp_path_factory.mktemp("pool"), "tiny rl")
 
 
 def unit(number: int, version: int, moods: Sequence[str] = ("plain",) * 3, step: int = 0) -> RolloutUnit:
@@ -213,6 +216,7 @@ def test_two_versions_in_flight_and_old_ones_dropped(pool, alone):
 
 
 def test_a_wrong_prompt_is_set_aside_by_name(pool, alone, caplog):
+    pool.publish(2, MODELS[2])
     wrong = unit(0, 2, ("plain", "raises", "plain"), step=3)
     long = dataclasses.replace(wrong.prompts[2], token_ids=(1,) * (CONFIG.sequence_len + 1))
     wrong = dataclasses.replace(wrong, prompts=(*wrong.prompts[:2], long))
@@ -241,6 +245,7 @@ def test_a_scorer_that_dies_is_no_reward_of_zero(pool, alone):
 def test_a_killed_actor_is_replaced_and_its_unit_done_again(pool, alone):
     before = pool.stats()
     units = [unit(k, 2 + k // 4, ("slow", "plain"), step=5) for k in range(8)]
+    pool.publish(2, MODELS[2])
     pool.submit(units[:4])
     pool.publish(3, MODELS[3])  # the newcomer still has the older version to fetch
     pool.submit(units[4:])

@@ -5,25 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from nanochat_ray.messages import ClusterError, FinishedUnit, PassedOn, RolloutGroup, RolloutUnit, World
 from nanochat_ray.stages.rollouts import OwnRollouts, RolloutSpec
-from nanochat_ray.tasks.rl_task import RLTaskSpec
-from tests.engine.tiny import byte_tokenizer
-from tests.ray.test_rollout_pool import CONFIG, MODELS, TASK, by_name, unit
+from tests.ray.test_rollout_pool import MODELS, by_name, spec_in, unit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> RolloutSpec:
-    folder = tmp_path_factory.mktemp("broken") / "tokenizer"
-    byte_tokenizer().save(folder)
-    task = RLTaskSpec("file", Path("nowhere/moods.py"), source_text=TASK)
-    return RolloutSpec("broken rl", task, folder, CONFIG, "cpu", "float32", max_rows=8, max_len=48)
+    return spec_in(tmp_path_factory.mktemp("broken"), "broken rl")
 
 
 @pytest.fixture(scope="module")
