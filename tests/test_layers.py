@@ -14,7 +14,7 @@ BOTTOM = {"config", "messages", "remote", "run_dir"}
 GROUND = BOTTOM | {"model", "text", "corpus"}
 TOOLS = GROUND | {"engine", "sandbox"}
 MEASURES = TOOLS | {"tasks", "metrics", "report"}
-RAY_ROOMS = {"data", "train", "rollout", "evals", "observe", "serve"}
+RAY_ROOMS = {"data", "train", "rollout", "evals", "observe", "serve", "cloud"}
 # every file and folder of the package: what it may import of the others
 ALLOWED = {
     "__init__": set(),
@@ -39,6 +39,8 @@ ALLOWED = {
     "rollout": MEASURES | {"stages"},
     "train": MEASURES | {"stages", "data", "rollout", "observe"},
     "serve": TOOLS,
+    "plan": MEASURES | {"stages", "presets"},
+    "cloud": BOTTOM,
 }
 FORBIDDEN_IN_PLAIN = {"ray", "wandb", "fastapi", "uvicorn", "starlette", "click", "typer"}
 

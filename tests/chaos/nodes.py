@@ -48,7 +48,7 @@ def wait_for_world(folder: Path, size: int, thread: threading.Thread) -> None:
         time.sleep(0.1)
 
 
-def main(root: Path, data: Path) -> None:
+def main(root: Path, data: Path, report: Path) -> None:
     launch.GROW_EVERY_S, launch.LOOK_EVERY_S, room.FULL_SIZE_FIRST_S = 10.0, 0.5, 1.0
     job, rows = make_run(root, data, SETTINGS)
     slow = SlowRows(**vars(rows))
@@ -67,11 +67,11 @@ def main(root: Path, data: Path) -> None:
     cluster.remove_node(node, allow_graceful=False)
     thread.join()
     lease.release()
-    print(json.dumps({"status": outcome["status"], "step": outcome["step"],
-                      "launches": outcome["metrics"]["launches"]}))  # fmt: skip
+    result = {"status": outcome["status"], "step": outcome["step"], "launches": outcome["metrics"]["launches"]}
+    report.write_text(json.dumps(result))
     ray.shutdown()
     cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

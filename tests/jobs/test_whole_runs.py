@@ -37,7 +37,7 @@ def head(tmp_path):
     ray = Path(sys.executable).parent / "ray"
     short = tempfile.mkdtemp(prefix="ray")  # Ray's sockets lie below it, and their paths may have 107 bytes
     command = [str(ray), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4",
-               f"--temp-dir={short}", "--object-store-memory=300000000", "--block"]  # fmt: skip
+               "--dashboard-agent-listen-port=0", f"--temp-dir={short}", "--object-store-memory=300000000", "--block"]  # fmt: skip
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield f"http://127.0.0.1:{dashboard}", env
     end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
@@ -90,7 +90,7 @@ def test_submitted_to_a_running_cluster(head, tmp_path):
     ray = Path(sys.executable).parent / "ray"
     command = [str(ray), "job", "submit", "--address", address, "--working-dir", str(JOBS.parent), "--submission-id"]
     main_job = ["--", sys.executable, "jobs/speedrun.py", *SMOKE, "--storage", str(tmp_path / "runs")]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while ask(f"{address}/api/version") is None and time.monotonic() < deadline:
         time.sleep(0.5)
     seen: dict[str, set[str]] = {name: set() for name in ("train", "jobs", "data", "actors")}
