@@ -27,7 +27,9 @@ def test_a_node_comes_and_is_lost(tmp_path, shards):
     env = os.environ | {"PYTHONPATH": str(HOME), "RAY_AUTH_MODE": "disabled",
            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # fmt: skip
     outcome = tmp_path / "outcome.json"
-    command = [sys.executable, "-m", "tests.chaos.nodes", str(tmp_path / "nodes"), str(shards), str(outcome)]
+    paths = [str(tmp_path / "nodes"), str(shards), str(outcome)]
+    code = "import sys; from pathlib import Path; from tests.chaos.nodes import main; main(*map(Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *paths]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result = json.loads(outcome.read_text())  # not from its output, where Ray has its say about the lost node
