@@ -1,0 +1,1 @@
+"""The same weights elsewhere: vLLM, Transformers, nanochat's own files."""
