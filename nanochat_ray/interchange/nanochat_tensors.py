@@ -1,0 +1,106 @@
+"""Reading and writing torch's `.pt` archives as tensors and nothing else.
+
+`torch.load(weights_only=True)` reads a pickle with a machine of its own that knows the functions tensors are rebuilt
+with and refuses every other name; it checks each storage against the size of its record. Before it the archive is
+looked at: a plain zip, nothing compressed, a small pickle, so that no short file can ask for much memory. What comes
+out is checked again: a dict of names to dense tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_PICKLE_BYTES = 16 << 20  # of names and shapes; those of 10,000 tensors take 2 MB
+MAX_ENTRIES = 1 << 17
+_REFUSED_NAME = re.compile(r"(?:GLOBAL|[Uu]nsupported (?:global|class)|function)[: ]+`?([\w.]+)")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.pt` file. ValueError that names the file if it holds anything else."""
+    found = _load(path)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not tensors by name")
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or not _is_plain(value):
+            raise ValueError(f"{path}: {str(name)[:100]!r} is no dense tensor but {_describe(value)}")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def read_tensor(path: Path) -> Tensor:
+    """The one tensor in a `.pt` file. ValueError that names the file if it holds anything else."""
+    found = _load(path)
+    if not _is_plain(found):
+        raise ValueError(f"{path} holds {_describe(found)}, not one dense tensor")
+    return found.detach()
+
+
+def write_pt(path: Path, value: Tensor | Mapping[str, Tensor]) -> None:
+    """Write a tensor, or tensors by name, as a `.pt` file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Any:
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises many kinds; its text may advise to read the file unsafely
+        named = _REFUSED_NAME.search(str(error))
+        why = f"it names {named[1]}" if named else type(error).__name__
+        raise ValueError(f"{path} holds something else than tensors, or is damaged ({why})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError unless the file is a zip archive as torch writes it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no whole torch archive ({error}); it may be cut off, or from torch before 1.6"
+        ) from None
+    pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if len(entries) > MAX_ENTRIES or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError(f"{path}: its {len(entries)} entries say that they are larger than the file")
+    if packed:
+        raise ValueError(f"{path}: {packed[0][:100]!r} is compressed, which torch does not do")
+    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+        sizes = [(entry.filename[:100], entry.file_size) for entry in pickles[:5]]
+        raise ValueError(f"{path}: one list of tensors of at most {MAX_PICKLE_BYTES:,} bytes is needed, not {sizes}")
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not one number shown many times
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__} of {value.layout}, {value.dtype}, {tuple(value.shape)}, on {value.device}"
+    return f"a {type(value).__name__}"
