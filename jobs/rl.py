@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _runtime import Job, available_cpus, main, open_job
 
 from nanochat_ray.config import PretrainSettings, RLSettings, RunSettings
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import CONFIG_FILE, existing_run, read_json
+
+if TYPE_CHECKING:
+    from nanochat_ray.stages.rl import RLJob
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -21,13 +25,13 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     """
     from _train import Feed, other_optimizer, train
 
-    from nanochat_ray.stages.rl import RLJob
     from nanochat_ray.stages.rl_desk import steps_of
     from nanochat_ray.stages.rollout_log import log_sha256
     from nanochat_ray.tasks.rl_task import rl_task_of
     from nanochat_ray.tasks.rows import TaskDataMissing
     from nanochat_ray.text.tokenizer import Tokenizer
 
+    check_engine(job.settings, settings)
     tokenizer_folder = job.run_dir.require_stage("tokenizer", "tok_train.py")
     job.run_dir.require_stage("sft", "sft.py")
     try:
@@ -40,7 +44,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
         logger.info("rl: left out: %s", error)
         return False
     pretrained = read_json(job.run_dir.stage("pretrain") / CONFIG_FILE)["settings"]
-    stage = RLJob(
+    stage = stage_class(settings)(
         settings, job.run_dir.stage("rl"), tokenizer_folder, job.run_dir.checkpoints("sft"),
         PretrainSettings.model_validate(pretrained), task, job.settings.dtype, job.settings.parallel,
     )
@@ -49,6 +53,8 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     config = {"settings": settings.identity() | files, "task": task.identity()} | hashes
     if settings.replay:
         config["replay"] = log_sha256(Path(settings.replay))
+    elif settings.rollout_engine != "own":  # not in the settings' identity, which runs have that are older
+        config["rollout_engine"] = settings.rollout_engine
     with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
         if notes is None:
             return True
@@ -57,6 +63,31 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
         notes.metrics |= result["metrics"]
         notes.hashes |= hashes
     return True
+
+
+def stage_class(settings: RLSettings) -> type[RLJob]:
+    """The stage by what samples for it."""
+    if settings.rollout_engine == "vllm" and not settings.replay:
+        from nanochat_ray.rollout.vllm import VllmRLJob
+
+        return VllmRLJob
+    from nanochat_ray.stages.rl import RLJob
+
+    return RLJob
+
+
+def check_engine(run: RunSettings, settings: RLSettings) -> None:
+    """ValueError, before anything is started, if vLLM should sample and cannot."""
+    if settings.rollout_engine == "own" or settings.replay:
+        return
+    from nanochat_ray.interchange.vllm_plugin import check_vllm
+
+    if not run.ray or settings.rollout_workers == 0:
+        raise ValueError(
+            "rollout_engine vllm: it samples on rollout workers, since it gives neither memory nor threads back to "
+            "training; leave --no-ray out and give --rollout-workers 1 or more, or --rollout-engine own"
+        )
+    check_vllm()
 
 
 def actors_beside(settings: RLSettings) -> int:
@@ -73,6 +104,11 @@ def rollout_workers(job: Job, settings: RLSettings) -> int:
         import ray
 
         count = max(0, int(ray.cluster_resources().get("GPU", 0)) - job.settings.worker_range[1])
+    if settings.rollout_engine == "vllm" and not count and not settings.replay:
+        raise ValueError(
+            "rollout_engine vllm: it samples on rollout workers, and there is no GPU beside those of the training "
+            "workers; give --workers fewer of them, or --rollout-engine own"
+        )
     if settings.async_steps and not count and not settings.replay:
         why = "there is no GPU beside theirs" if job.settings.ray else "without Ray there are no others"
         raise ValueError(
@@ -87,6 +123,7 @@ def cli() -> None:
     settings, rl = flags.settings(RunSettings), flags.settings(RLSettings)
     from _data import pinned_world
 
+    check_engine(settings, rl)
     tag = existing_run(settings.storage, settings.model_tag)
     with open_job(settings, tag, actors_beside(rl)) as job:
         run(job, rl, pinned_world(job.run_dir, settings.storage))

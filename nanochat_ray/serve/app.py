@@ -40,8 +40,12 @@ def build(args: ServeSettings) -> serve.Application:
     """The application of a `serve_configs/` file; `args` are its `args`.
 
     Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
-    if a run is not there.
+    if a run is not there, ValueError if vLLM is wanted and missing.
     """
+    if args.engine == "vllm":
+        from nanochat_ray.interchange.vllm_plugin import check_vllm
+
+        check_vllm()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
@@ -133,11 +137,10 @@ class ChatServer:
         """Load the models and start their engines."""
         import torch
 
-        from nanochat_ray.engine.engine import Engine
         from nanochat_ray.model.precision import pick_device, pick_dtype, prepare_device
         from nanochat_ray.serve.loop import EngineLoop
         from nanochat_ray.serve.metrics import ServeMetrics
-        from nanochat_ray.serve.weights import Shelf
+        from nanochat_ray.serve.weights import Shelf, make_engine
 
         begun, settings = time.monotonic(), self.settings
         device = pick_device(settings.device)
@@ -147,7 +150,9 @@ class ChatServer:
         self.shelves: dict[str, Shelf] = {}
         loaded = []
         for choice in settings.choices:
-            shelf = Shelf(settings.storage, choice, settings.defaults, device, dtype)
+            # vLLM has a network of its own on the device; ours only brings it the weights.
+            place = "cpu" if settings.engine == "vllm" else device
+            shelf = Shelf(settings.storage, choice, settings.defaults, place, dtype)
             served, model = shelf.load(shelf.find(choice.step))
             self.shelves[served.name] = shelf
             loaded.append((served, model))
@@ -155,9 +160,7 @@ class ChatServer:
         kv_bytes = settings.kv_bytes_each(free_bytes(device))
         engines = []
         for served, model in loaded:
-            engine = Engine(
-                model, served.tokenizer, settings.max_rows, chunk_tokens=settings.chunk_tokens, kv_bytes=kv_bytes
-            )
+            engine = make_engine(settings, served.tokenizer, model, kv_bytes)
             warm_up = SamplingParams(max_tokens=WARM_UP_TOKENS, use_tools=False)
             list(engine.generate([[served.tokenizer.bos_id]], warm_up))
             engine.forget()
@@ -167,7 +170,7 @@ class ChatServer:
         self._one_update = asyncio.Lock()
         s, most = settings, CHUNKS_PER_S[device]
         self.loop = EngineLoop(engines, s.max_queue, s.stream_interval_s, s.stuck_s, most)
-        self.loop.notes |= {"device": device, "pid": os.getpid()}
+        self.loop.notes |= {"device": device, "pid": os.getpid(), "engine": settings.engine}
         self._metrics = Every(METRICS_INTERVAL_S, ServeMetrics(self.loop).export, "serve-metrics")
         logger.info("ready after %.1f s", time.monotonic() - begun)
 

@@ -40,6 +40,7 @@ class ServeSettings(Settings):
     models: tuple[ModelChoice, ...] = Field(
         (), description="several models, the first for requests that name none; unset: the one of the fields above"
     )
+    engine: Literal["own", "vllm"] = Field("own", description="what generates: our engine, or vLLM (one model)")
     device: Literal["cpu", "cuda", "mps"] | None = Field(None, description="unset: CUDA if the cluster has GPUs")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="compute; unset: by hardware")
     max_rows: int = Field(64, ge=1, description="streams of one model that are decoded together")
@@ -66,6 +67,13 @@ class ServeSettings(Settings):
                 "http.api_keys: what stands in a config is shown by Ray's dashboard; set the environment variable "
                 f"{API_KEYS_VARIABLE} (keys joined by commas) or http.api_keys_file instead"
             )
+        if self.engine == "vllm" and len(self.choices) > 1:
+            raise ValueError(
+                f"engine vllm: one process holds one model of vLLM, not {len(self.choices)}; serve one here, or take "
+                "engine own"
+            )
+        if self.engine == "vllm" and self.device == "mps":
+            raise ValueError("engine vllm: vLLM has no device mps; take cpu, or engine own")
         if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
             raise ValueError(f"max_replicas {self.max_replicas} is below replicas {self.replicas or 1}")
         return self

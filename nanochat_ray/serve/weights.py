@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.messages import SamplingParams
 from nanochat_ray.model.checkpoint import Checkpoint, file_hash, resolve_checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.run_dir import CONFIG_FILE, MANIFEST_FILE, STAGE_OF_SOURCE, RunDir
-from nanochat_ray.serve.app_settings import ModelChoice
+from nanochat_ray.serve.app_settings import ModelChoice, ServeSettings
 from nanochat_ray.serve.backend import ServedModel
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -62,3 +65,18 @@ class Shelf:
     def _run(self) -> RunDir:
         assert self.choice.model_tag is not None, "a settled choice has a run"
         return RunDir.of(self.storage, self.choice.model_tag).fetch()
+
+
+def make_engine(settings: ServeSettings, tokenizer: Tokenizer, model: GPT, kv_bytes: int | None) -> Engine:
+    """The engine that the settings name, for a network. ValueError if it is vLLM, and missing."""
+    rows, chunk_tokens = settings.max_rows, settings.chunk_tokens
+    if settings.engine == "own":
+        return Engine(model, tokenizer, rows, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes)
+    from nanochat_ray.interchange.vllm_engine import VllmEngine
+    from nanochat_ray.interchange.vllm_plugin import export_for_vllm
+
+    with tempfile.TemporaryDirectory(prefix="nanochat_ray_vllm_") as folder:
+        return VllmEngine(
+            export_for_vllm(model, Path(folder)), tokenizer, model.config, rows, dtype=model.compute_dtype,
+            chunk_tokens=chunk_tokens, kv_bytes=kv_bytes,
+        )
