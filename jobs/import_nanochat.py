@@ -44,7 +44,7 @@ def import_tokenizer(job: Job, path: Path) -> Tokenizer:
         notes.hashes["tokenizer"] = tokenizer.hash
         if differing:
             logger.info(
-                "tokenizer: %d tokens had another length in %s than they have bytes; bits per byte are taken over bytes",
+                "tokenizer: %d tokens have another length in %s than in bytes, over which bits per byte are taken",
                 differing, lengths.name if lengths else "",
             )
     return tokenizer
@@ -82,8 +82,8 @@ def import_model(job: Job, found: Found, tokenizer: Tokenizer, constants: dict[s
     model = read_model(found, meta, constants)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"{found.model} has a vocabulary of {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "
-            "say with --tokenizer which one it was trained with"
+            f"{found.model} has a vocabulary of {model.config.vocab_size} tokens, the tokenizer "
+            f"{tokenizer.vocab_size}; say with --tokenizer which one it was trained with"
         )
     settings, left_out = pretrain_settings(meta, model.config, found.source == "base")
     remember_pretraining(job, found.source, settings.identity(), KNOWN_FROM)
@@ -139,8 +139,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "sources the same; it is also the run's name if --model-tag is unset")
     parser.add_argument("--step", type=int, metavar="INT", help="unset: of each source the last")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.pkl or its folder; unset: looked for beside")
-    parser.add_argument("--constants", nargs="+", default=[], metavar="NAME=VALUE", help="constants that the network was "
-                        "trained with, such as rope_base=10000; unset: told from what the file has")
+    parser.add_argument("--constants", nargs="+", default=[], metavar="NAME=VALUE", help="constants that the network "
+                        "was trained with, such as rope_base=10000; unset: told from what the file has")
 
 
 def cli() -> None:

@@ -68,15 +68,15 @@ def find_models(folder: Path, sources: tuple[str, ...] | None, tag: str | None, 
         raise FileNotFoundError(f"no folder {folder}")
     if _steps(folder):
         return [_in_flat_folder(folder, sources, tag, step)]
+    wanted = [source for source in FOLDER_OF_SOURCE if sources is None or source in sources]
+    chosen = _largest_tag([folder / FOLDER_OF_SOURCE[source] for source in wanted]) if tag is None else tag
     found, missing = [], []
-    for source in FOLDER_OF_SOURCE if sources is None else [s for s in FOLDER_OF_SOURCE if s in sources]:
-        place = folder / FOLDER_OF_SOURCE[source]
-        tags = [path.name for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
-        chosen = tag if tag is not None else _largest_tag(place, tags)
-        if chosen in tags and (model := _pick(place / str(chosen), source, step)) is not None:
+    for source in wanted:
+        place = folder / FOLDER_OF_SOURCE[source] / (chosen or "<tag>")
+        if place.is_dir() and (model := _pick(place, source, step)) is not None:
             found.append(model)
         else:
-            missing.append(f"{source} ({place / (chosen or '<tag>')})")
+            missing.append(f"{source} ({place})")
     if not found or (sources is not None and missing):
         at = "" if step is None else f" of step {step}"
         raise FileNotFoundError(f"no model_*.pt{at} of {', '.join(missing)}")
@@ -136,11 +136,12 @@ def _steps(folder: Path) -> dict[int, str]:
     return {int(match[1]): path.name for path in folder.iterdir() if (match := _MODEL_FILE.fullmatch(path.name))}
 
 
-def _largest_tag(place: Path, tags: list[str]) -> str | None:
-    """The largest d<depth>, the latest among equals, else the latest of all."""
+def _largest_tag(places: list[Path]) -> str | None:
+    """The tag in these folders with the largest d<depth>, the latest among equals, else the latest of all."""
 
-    def key(tag: str) -> tuple[int, float]:
-        depth = _DEPTH_TAG.match(tag)
-        return (int(depth[1]) if depth else -1, (place / tag).stat().st_mtime)
+    def key(path: Path) -> tuple[int, float]:
+        depth = _DEPTH_TAG.match(path.name)
+        return (int(depth[1]) if depth else -1, path.stat().st_mtime)
 
-    return max(tags, key=key, default=None)
+    tags = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_dir()]
+    return max(tags, key=key).name if tags else None

@@ -122,8 +122,9 @@ def _sizes(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"its model_config lacks {', '.join(missing)}")
     for key, most in AT_MOST.items():
-        if type(values[key]) is not int or not 1 <= values[key] <= most:
-            raise ValueError(f"its model_config has {key} {str(values[key])[:50]}: a number from 1 to {most:,} is needed")
+        value = values[key]
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"its model_config has {key} {str(value)[:50]}: a number from 1 to {most:,} is needed")
     return values
 
 

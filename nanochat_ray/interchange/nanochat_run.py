@@ -28,7 +28,9 @@ def constants_in(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in known}
 
 
-def pretrain_settings(meta: Mapping[str, Any], config: ModelConfig, is_base: bool) -> tuple[PretrainSettings, list[str]]:
+def pretrain_settings(
+    meta: Mapping[str, Any], config: ModelConfig, is_base: bool
+) -> tuple[PretrainSettings, list[str]]:
     """The settings of pretraining as far as the meta file has them, defaults elsewhere; and what could not be used.
 
     Finetuning inherits from them. Of a model that is not `is_base` only the network's shape is taken.
@@ -45,7 +47,7 @@ def pretrain_settings(meta: Mapping[str, Any], config: ModelConfig, is_base: boo
         "window_pattern": config.window_pattern,
     }
     values = {key: None if value == -1 else value for key, value in plain(values).items()}
-    notes = []
+    notes: list[str] = []
     while True:
         try:
             return PretrainSettings.model_validate({k: v for k, v in values.items() if v is not None}), notes
@@ -53,7 +55,7 @@ def pretrain_settings(meta: Mapping[str, Any], config: ModelConfig, is_base: boo
             problem = error.errors()[0]
             wrong = str(problem["loc"][0]) if problem["loc"] else "total_batch_size"  # a check over several fields
             if wrong not in values:
-                raise ValueError(f"no settings of pretraining can be made of this meta file: {problem['msg']}") from None
+                raise ValueError(f"no settings of pretraining can be made of its meta file: {problem['msg']}") from None
             notes.append(f"{wrong} {str(values.pop(wrong))[:80]} of the meta file is left out: {problem['msg']}")
 
 

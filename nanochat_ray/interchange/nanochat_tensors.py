@@ -21,7 +21,7 @@ from torch import Tensor
 
 MAX_PICKLE_BYTES = 16 << 20  # of names and shapes; those of 10,000 tensors take 2 MB
 MAX_ENTRIES = 1 << 17
-_REFUSED_NAME = re.compile(r"(?:GLOBAL|[Uu]nsupported (?:global|class)|function)[: ]+`?([\w.]+)")
+_REFUSED_NAME = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
