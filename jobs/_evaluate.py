@@ -11,12 +11,13 @@ from _runtime import Job, Notes, available_cpus
 
 from nanochat_ray import sandbox
 from nanochat_ray.config import BaseEvalSettings, RunSettings
+from nanochat_ray.evals.hf import HFSpec, evaluator_of
 from nanochat_ray.metrics.bits_per_byte import bits_per_byte
 from nanochat_ray.metrics.core import CoreRecord, core_metric, merge
 from nanochat_ray.metrics.core_bundle import find_bundle, load_bundle, load_items
 from nanochat_ray.model.checkpoint import Checkpoint, resolve_checkpoint
 from nanochat_ray.report.records import Sample, Table
-from nanochat_ray.run_dir import STAGE_OF_SOURCE, storage_path
+from nanochat_ray.run_dir import STAGE_OF_SOURCE, storage_path, write_atomic
 from nanochat_ray.sandbox import ProgramResult, SandboxFailed
 from nanochat_ray.stages.evaluation import (
     BpbUnit,
@@ -27,7 +28,6 @@ from nanochat_ray.stages.evaluation import (
     SampleUnit,
     Unit,
     cut,
-    run_units_here,
 )
 from nanochat_ray.stages.pretrain import bpb_convention
 from nanochat_ray.tasks.rows import TaskDataMissing
@@ -56,12 +56,13 @@ def checkpoint_of(job: Job, source: str, step: int | None) -> Checkpoint:
     return resolve_checkpoint(job.run_dir.checkpoints(stage), step)
 
 
-def run_units(job: Runner, spec: EvalSpec, units: Sequence[Unit]) -> list[list[Record]]:
+def run_units(job: Runner, spec: EvalSpec | HFSpec, units: Sequence[Unit]) -> list[list[Record]]:
     """Evaluate the units where the job's settings say. The records are the same for any number of actors."""
     if not units:
         return []
     if not job.use_ray():
-        return run_units_here(spec, units)
+        evaluator = evaluator_of(spec)
+        return [evaluator.run(unit) for unit in units]
     from nanochat_ray.evals.pool import run_units as on_actors
 
     if job.settings.eval_workers is not None:
@@ -174,3 +175,13 @@ def note_core(notes: Notes, folder: Path, records: list[CoreRecord]) -> None:
         ["task", "items", "accuracy", "centred", "baseline"],
         [[r.task, r.n_items, r.accuracy, r.centred, r.baseline_frac] for r in results],
     )
+
+
+def write_core_csv(folder: Path, notes: Notes) -> None:
+    """nanochat's CSV of the CORE tasks."""
+    name, value = notes.metrics["core_metric_name"], notes.metrics["core_metric"]
+    table: Table = notes.tables[name]
+    lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
+    lines += [f"{task:<35}, {accuracy:<10.6f}, {centred:<10.6f}" for task, _, accuracy, centred, _ in table.rows]
+    lines += [f"{name:<35}, {'':<10}, {value:<10.6f}"]
+    write_atomic(folder / "core.csv", "\n".join(lines) + "\n")

@@ -15,8 +15,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from nanochat_ray.config import THREADS_ENV
+from nanochat_ray.evals.hf import HFSpec, evaluator_of
 from nanochat_ray.messages import ClusterError, PassedOn
-from nanochat_ray.stages.evaluation import EvalSpec, Evaluator, Record, Unit
+from nanochat_ray.stages.evaluation import EvalSpec, Record, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ _numbers = itertools.count()  # of the actors of this process, whose names may n
 class EvalActor:
     """An evaluator with the model loaded, in a process of its own."""
 
-    def __init__(self, spec: EvalSpec, passed_on: PassedOn):
+    def __init__(self, spec: EvalSpec | HFSpec, passed_on: PassedOn):
         passed_on.take()
         self.spec = spec
 
     def ready(self) -> int:
         """Load the model, here rather than in the constructor, so that what this raises reaches the caller as it is."""
-        self.evaluator = Evaluator(self.spec)
+        self.evaluator = evaluator_of(self.spec)
         return os.getpid()
 
     def run(self, unit: Unit) -> list[Record]:
@@ -52,7 +53,7 @@ class Call:
     begun_s: float = field(default_factory=time.monotonic)
 
 
-def actor_starter(spec: EvalSpec, threads: int) -> Callable[[], ray.actor.ActorHandle]:
+def actor_starter(spec: EvalSpec | HFSpec, threads: int) -> Callable[[], ray.actor.ActorHandle]:
     """A function that starts one more actor, named after what it evaluates."""
     remote: Any = ray.remote(EvalActor)
     env = {"OMP_NUM_THREADS": str(threads), **THREADS_ENV}
@@ -60,7 +61,7 @@ def actor_starter(spec: EvalSpec, threads: int) -> Callable[[], ray.actor.ActorH
     return lambda: remote.options(name=f"{spec.name} #{next(_numbers)}", **options).remote(spec, PassedOn.here())
 
 
-def run_units(spec: EvalSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:
+def run_units(spec: EvalSpec | HFSpec, units: Sequence[Unit], actors: int, threads: int = 1) -> list[list[Record]]:
     """Evaluate every unit on `actors` actors and return their records in the order of `units`.
 
     An actor that dies, or takes more than UNIT_TIMEOUT_S for a unit, is replaced and its unit done again, at most
