@@ -154,8 +154,14 @@ class WeightReceiver:
     """Methods that vLLM adds to its worker (`worker_extension_cls`), for `collective_rpc`."""
 
     def receive_weights(self, weights: FlatWeights) -> int:
-        """Copy weights into the network in place. Returns their version."""
-        load_flat(self.model_runner.get_model().gpt, weights)  # type: ignore[attr-defined]
+        """Copy weights into the network in place. Returns their version; ValueError, and nothing is done, if they do
+        not fit."""
+        gpt = self.model_runner.get_model().gpt  # type: ignore[attr-defined]
+        own = {name: tuple(tensor.shape) for name, tensor in gpt.state_dict().items()}
+        if other := [place for place in weights.places if own.get(place.name) != place.shape]:
+            name, shape = other[0].name, other[0].shape
+            raise ValueError(f"weights do not fit the network: {name} has {shape}, wanted is {own.get(name)}")
+        load_flat(gpt, weights)
         return weights.version
 
 
