@@ -1,9 +1,9 @@
 """Publish a run: python jobs/publish.py RUN URI
 
 Weights, tokenizer, configs, report and lineage; never optimizer state, logs or rollouts. URI is a folder, object
-storage (s3://bucket/models, gs://...) or the hub (hf://owner/name, with the extra hf and HF_TOKEN). What is published is
-a run again: give its place as --storage to chat_cli, serve, sft or rl. Given twice the command does nothing more; broken
-off, it is finished by giving it again.
+storage (s3://bucket/models, gs://...) or the hub (hf://owner/name, with the extra hf and HF_TOKEN). What is published
+is a run again: give its place as --storage to chat_cli, serve, sft or rl. Given twice the command does nothing more;
+broken off, it is finished by giving it again.
 """
 
 from __future__ import annotations

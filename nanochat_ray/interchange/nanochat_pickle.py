@@ -20,7 +20,7 @@ ENCODING_CLASS = "tiktoken.core Encoding"
 FIELDS = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
 _PLAIN = {"BININT", "BININT1", "BININT2", "SHORT_BINBYTES", "BINBYTES", "SHORT_BINUNICODE", "BINUNICODE"}
 _MADE_ANEW: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
-_IGNORED = {"PROTO", "FRAME"}
+_LATEST_PROTOCOL = 5
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class _Machine:
             self._new_object()
         elif name == "BUILD":
             self._give_state()
-        elif name != "STOP" and name not in _IGNORED:
+        elif name == "PROTO" and argument > _LATEST_PROTOCOL:
+            raise ValueError(f"protocol {argument}, of which nothing is known here")
+        elif name not in ("PROTO", "FRAME", "STOP"):
             what = f" {argument!r}" if argument is not None else ""
             raise ValueError(f"a tokenizer has no opcode {name}{what}")
 

@@ -80,10 +80,10 @@ def _check_archive(path: Path) -> None:
         ) from None
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if len(entries) > MAX_ENTRIES or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError(f"{path}: its {len(entries)} entries say that they are larger than the file")
     if packed:
         raise ValueError(f"{path}: {packed[0][:100]!r} is compressed, which torch does not do")
+    if len(entries) > MAX_ENTRIES or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError(f"{path}: its {len(entries)} entries say that they are larger than the file")
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
         sizes = [(entry.filename[:100], entry.file_size) for entry in pickles[:5]]
         raise ValueError(f"{path}: one list of tensors of at most {MAX_PICKLE_BYTES:,} bytes is needed, not {sizes}")
