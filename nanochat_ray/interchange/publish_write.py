@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,8 +33,8 @@ LEASE = {"epoch": 0, "host": PUBLISHED_HOST, "pid": 0, "started": "0", "heartbea
 def publish(package: Package, source: RunDir, uri: str, replace: bool = False, private: bool = True) -> str:
     """Publish to a folder, a URI of an object store, or `hf://owner/name`; returns what was done, in one line.
 
-    `replace` is needed where another publication of this run is. ValueError for a place that cannot be taken,
-    ImportError without the extra `hf`, ConnectionError if a store or the hub does not answer.
+    `replace` is needed where another publication of this run is. ValueError for a place that cannot be taken, and for
+    the hub without the extra `hf`; ConnectionError if a store or the hub does not answer or refuses.
     """
     if uri.startswith(HUB_SCHEME):
         return _to_hub(package, uri.removeprefix(HUB_SCHEME).strip("/"), replace, private)
@@ -82,10 +83,10 @@ def _to_hub(package: Package, repo: str, replace: bool, private: bool) -> str:
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"{HUB_SCHEME}{repo}: owner and name are needed, {HUB_SCHEME}owner/name")
     try:
-        import huggingface_hub
+        from huggingface_hub import HfApi
     except ImportError:
         raise ValueError("publishing to the hub needs huggingface_hub: pip install -e '.[hf]'") from None
-    api = huggingface_hub.HfApi()
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # a mirror
     manifest = package.manifest()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -105,8 +106,11 @@ def _to_hub(package: Package, repo: str, replace: bool, private: bool) -> str:
                 repo_id=repo, folder_path=folder, commit_message=f"Publish {package.tag}",
                 delete_patterns=f"{package.tag}/*", ignore_patterns=[".*"],
             )
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        raise ConnectionError(f"the hub did not take {HUB_SCHEME}{repo}: {str(error).splitlines()[0]}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # the library's own kinds, and those of the HTTP library that its version uses
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"the hub did not take {HUB_SCHEME}{repo}: {why}") from error
     return f"{HUB_SCHEME}{repo}/{package.tag}: published {len(manifest['files'])} files, {_size(manifest)}"
 
 
