@@ -36,7 +36,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 VLLM_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 FORCED = Sampled(-1)  # what a stream takes instead of it is forced
 BITS = 24  # of a sampler's random number
-BLOCK_TOKENS = 128  # of vLLM's cache on CPUs
+CPU_BLOCK_TOKENS = 32  # positions of a block; vLLM's kernels for CPUs take multiples of this
 
 
 class VllmEngine(Engine):
@@ -75,8 +75,17 @@ class VllmEngine(Engine):
         arguments = engine_args(
             folder, dtype=dtype, max_model_len=self.context + 1, max_num_seqs=max_rows, kv_bytes=kv_bytes
         )
-        # The longest chunk shares a step with a token of each row.
-        arguments |= {"max_num_batched_tokens": chunk_tokens + max_rows, "max_logprobs": -1, "async_scheduling": False}
+        arguments |= {"max_logprobs": -1, "async_scheduling": False}
+        if torch.cuda.is_available():
+            arguments["max_num_batched_tokens"] = chunk_tokens + max_rows  # a chunk, and a token of each row
+        else:
+            # A row with a seed that reads its prompt in parts makes vLLM fail here, since a CPU's generator of random
+            # numbers cannot be set back: prompts are read whole. Small blocks let more of a stream be found again.
+            arguments |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": self.context + 1 + max_rows,
+                "block_size": CPU_BLOCK_TOKENS,
+            }
         self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._new: dict[int, FlatWeights] = {}  # by version, not taken over yet
         self._waiting: deque[Stream] = deque()  # for weights
@@ -85,6 +94,7 @@ class VllmEngine(Engine):
         self._unread: dict[int, list[TokenEvent]] = {}
         self._n_requests = self._n_names = 0
         self._prompt_tokens = self._cached_tokens = self._sampled_tokens = 0
+        self.failed = False  # for good: another engine needs another process
 
     @property
     def model(self) -> GPT:
@@ -136,7 +146,7 @@ class VllmEngine(Engine):
     def step(self) -> list[TokenEvent]:
         self._begin_waiting()
         events: list[TokenEvent] = []
-        for output in self._vllm.step():
+        for output in self._vllm_step():
             stream = self._running[output.request_id]
             if len(stream.tokens) == stream.n_prompt:
                 stream.cached_tokens = output.num_cached_tokens or 0
@@ -155,6 +165,14 @@ class VllmEngine(Engine):
                 if not streams:
                     del self._requests[stream.request]
         return events
+
+    def _vllm_step(self) -> list[Any]:
+        assert not self.failed, "vLLM failed in an earlier step"
+        try:
+            return self._vllm.step()
+        except BaseException:
+            self.failed = True
+            raise
 
     def _take(self, stream: Stream, completion: Any) -> list[TokenEvent]:
         """The events of new tokens, and of those that a tool forces behind them."""
@@ -206,7 +224,8 @@ class VllmEngine(Engine):
         self._vllm.add_request(name, {"type": "token", "prompt_token_ids": list(stream.tokens)}, asked)
 
     def _abort(self, names: list[str]) -> None:
-        self._vllm.abort_request(names)
+        if not self.failed:
+            self._vllm.abort_request(names)
         for name in names:
             del self._running[name]
 
@@ -266,7 +285,7 @@ def _kv_bytes(config: ModelConfig, max_rows: int, dtype: torch.dtype) -> int:
     """Memory of the cache on a CPU, where vLLM by itself would take nearly all there is."""
     # vLLM pads heads, and kinds of layers to equal numbers of layers; the layer that smear needs comes on top.
     row = 2 * config.n_kv_head * max(config.head_dim, 32) * dtype.itemsize * 2 * (config.n_layer + 1)
-    wanted = max_rows * row * (config.sequence_len + BLOCK_TOKENS)
+    wanted = max_rows * row * (config.sequence_len + CPU_BLOCK_TOKENS)
     return min(wanted, int(psutil.virtual_memory().available * KV_FRAC_CPU))
 
 

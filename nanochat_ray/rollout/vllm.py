@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.stages.rl import RLJob
 from nanochat_ray.stages.rollouts import CHUNK_TOKENS, RolloutSpec
 from nanochat_ray.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,4 +72,10 @@ class VllmSampler:
         return self.engine.rollouts([prompt.token_ids for prompt in unit.prompts], each)
 
     def rest(self) -> None:
-        """Between units nothing runs; what an interrupted one left is ended by `rollouts` itself."""
+        """End the process if vLLM has failed in it: nothing else makes a new engine. The pool starts another actor.
+
+        Otherwise there is nothing to do: what an interrupted unit left is ended by `rollouts` itself.
+        """
+        if self.engine.failed:
+            logger.error("vLLM failed: this process ends")
+            os._exit(1)
