@@ -149,8 +149,9 @@ def load(source: HFSource, device: str, dtype: torch.dtype) -> tuple[HFModel, HF
     how = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     with one_line_errors(source):
         network, info = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
-        )
+            source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **how,
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source.path, **how)
     kinds = {"missing": "missing_keys", "of another shape": "mismatched_keys", "without a place": "unexpected_keys"}
     wrong = [f"{kind}: {', '.join(sorted(map(str, info[key]))[:5])}" for kind, key in kinds.items() if info[key]]

@@ -178,6 +178,7 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in Transformers, but a tensor without a place, or a place without a tensor, is a ValueError naming it."""
+        kwargs["ignore_mismatched_sizes"] = True  # otherwise Transformers raises first, without the name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [
             f"{kind} {sorted(map(str, info[key]))[:5]}"
