@@ -146,10 +146,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def cli() -> None:
     flags = read_flags(__doc__ or "", [Section("run", RunSettings())], extra=add_options)
     settings, args = flags.settings(RunSettings), flags.args
-    from nanochat_ray.interchange.nanochat_files import find_models, find_tokenizer
+    from nanochat_ray.interchange.nanochat_files import MID_FOLDER, find_models, find_tokenizer
 
     folder = Path(args.dir).expanduser().absolute()
     models = find_models(folder, tuple(args.sources) if args.sources else None, args.from_tag, args.step)
+    if (folder / MID_FOLDER).is_dir():
+        logger.info("%s is left out: there is no such stage here", MID_FOLDER)
     named = Path(args.tokenizer).expanduser().absolute() if args.tokenizer else None
     tokenizer_path, constants = find_tokenizer(folder, named), parse_constants(args.constants)
     with open_job(settings, settings.model_tag or models[0].tag) as job:

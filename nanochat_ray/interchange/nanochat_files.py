@@ -19,6 +19,7 @@ from typing import Any
 from nanochat_ray.interchange.nanochat_tokenizer import PICKLE_FILE, TOKEN_BYTES_FILE
 
 FOLDER_OF_SOURCE = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+MID_FOLDER = "mid_checkpoints"  # of a stage that nanochat had in 2025, between base and SFT
 TOKENIZER_FOLDER = "tokenizer"
 MAX_META_BYTES = 16 << 20
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")

@@ -31,6 +31,7 @@ CONSTANTS = tuple(name for name in ModelConfig.model_fields if name not in CONFI
 COMPILED_PREFIX = "_orig_mod."
 ROTARY_TABLES = ("cos", "sin")
 AT_MOST = {"n_layer": 1024, "n_embd": 1 << 17, "vocab_size": 1 << 21, "sequence_len": 1 << 21}
+MOST_CONSTANT = {"rope_table_factor": 100, "smear_channels": 4096, "value_gate_channels": 4096}
 PAD_MULTIPLES = (64, 1, 128, 256, 512, 1024)
 CONSTANTS_2025 = {"rope_base": 10_000.0, "qk_scale": 1.0}
 CONSTANTS_EARLY_2026 = CONSTANTS_2025 | {"logit_softcap": 20.0, "value_gate_scale": 2.0}
@@ -62,6 +63,7 @@ def to_ours(
     values = _sizes(given, notes)
     values |= {name: value for name, value in _constants(named, values, notes).items() if name not in (constants or {})}
     values |= dict(constants or {})
+    _check_constants(values)
     values["vocab_pad_multiple"] = _pad_multiple(named, values)
     try:
         config = ModelConfig.model_validate(values)
@@ -148,6 +150,18 @@ def _constants(named: Mapping[str, Tensor], values: dict[str, Any], notes: list[
             )
             values["window_pattern"] = "L"
     return found
+
+
+def _check_constants(values: Mapping[str, Any]) -> None:
+    """ValueError for constants of no use: a hostile meta file must not ask for a table of any length."""
+    version = ModelConfig().arch_version
+    if values.get("arch_version", version) != version:
+        raise ValueError(f"its arch_version is {values['arch_version']!r}; this code knows {version}")
+    for name in CONSTANTS:
+        value = values.get(name, 1)
+        if type(value) not in (int, float) or not 0 < value <= MOST_CONSTANT.get(name, 1e9):
+            most = MOST_CONSTANT.get(name, 1e9)
+            raise ValueError(f"its {name} is {str(value)[:50]}: a number above 0 and up to {most:g} is needed")
 
 
 def _pad_multiple(named: Mapping[str, Tensor], values: Mapping[str, Any]) -> int:

@@ -179,7 +179,7 @@ def _add_report(files: dict[str, bytes], run_dir: RunDir) -> list[str]:
     places = {str(run_dir.root): "<run>", str(run_dir.root.parent): "<storage>", str(Path.home()): "~"}
     if (run_dir.root / DATA_FILE).is_file():
         source = DataManifest.from_json(read_json(run_dir.root / DATA_FILE)).source
-        places[source] = f"<data>/{Path(source).name}"
+        places[source] = f"<data>/{_last_name(source)}"
     for place, name in sorted(places.items(), key=lambda item: -len(item[0])):
         text = text.replace(place, name) if len(place) > 1 else text
     text = _OTHER_PATH.sub(r"<...>/\1", text)  # as of another machine on which a part of the run was made
@@ -195,7 +195,7 @@ def _lineage(run_dir: RunDir, tokenizer: Tokenizer, models: list[Model]) -> dict
     if data_file.is_file():
         data = DataManifest.from_json(read_json(data_file))
         found["data"] = {
-            "name": Path(data.source).name, "sha256": data.hash, "val": data.val.name,
+            "name": _last_name(data.source), "sha256": data.hash, "val": data.val.name,
             "train": [{"name": shard.name, "bytes": shard.bytes, "rows": shard.rows} for shard in data.train],
         }
     for model in models:
@@ -240,6 +240,11 @@ def _card(tag: str, models: list[Model], lineage: Mapping[str, Any]) -> str:
 def _bpb(lineage: Mapping[str, Any], model: Model) -> str:
     value = lineage["models"][model.source]["val_bpb"]
     return "-" if value is None else f"{value:.4f}"
+
+
+def _last_name(source: str) -> str:
+    """Of a folder or a URI."""
+    return Path(source.partition("?")[0]).name
 
 
 def _json(value: Any) -> bytes:

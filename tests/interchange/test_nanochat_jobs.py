@@ -227,6 +227,19 @@ def test_what_metas_say(tmp_path, importing):
             importing(base, "--model-tag", "b")
 
 
+def test_a_run_in_a_store(base, tmp_path, monkeypatch):
+    """Imported into a URI and exported from there by another machine; the weights are the same."""
+    store = ("--storage", f"file://{tmp_path}/store")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "here"))
+    (base / "mid_checkpoints").mkdir()
+    call(import_nanochat, monkeypatch, str(base), *store, "--sources", "sft")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "there"))
+    call(export_nanochat, monkeypatch, "--to", str(tmp_path / "out"), *store)
+    found = torch.load(tmp_path / "out/chatsft_checkpoints/d4/model_000020.pt", weights_only=True)
+    assert same_tensors(found, golden_state("c"))
+    assert read_json(RunDir.of(store[1], "d4").stage("pretrain") / "config.json")["known_from"] == "sft"
+
+
 def test_exporting_what_is_not_there(base, importing, exporting, tmp_path):
     importing(base, "--sources", "base")
     exporting(tmp_path / "out")

@@ -184,6 +184,15 @@ def test_configs_that_cannot_be(tmp_path, change, words):
         to_ours({k: v for k, v in golden_config("c").items() if k != "n_embd"}, golden_state("c"))
 
 
+@pytest.mark.parametrize(
+    "constant", [{"rope_table_factor": 10**9}, {"qk_scale": float("nan")}, {"rope_base": 0}, {"norm_eps": "x"},
+                 {"arch_version": 2}, {"smear_channels": 10**6}, {"logit_softcap": True}],
+)
+def test_constants_that_cannot_be(constant):
+    with pytest.raises(ValueError, match=next(iter(constant))):
+        to_ours(golden_config("c"), golden_state("c"), constant)
+
+
 def test_the_config_for_nanochat(tmp_path):
     imported = to_ours(golden_config("b"), golden_state("b"))
     assert upstream_config(imported.config) == golden_config("b")

@@ -107,6 +107,7 @@ def test_what_is_written_is_a_tokenizer_for_nanochat():
     assert theirs.name == "rustbpe" and theirs.special_tokens_set == set(tokenizer.special)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_every_cut_and_every_changed_byte_is_refused_or_a_tokenizer():
     whole = pickle.dumps(encoding(300), protocol=4)
     for length in (*range(0, len(whole), 11), len(whole) - 1):
