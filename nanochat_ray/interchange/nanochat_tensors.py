@@ -46,7 +46,7 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def write_pt(path: Path, value: Tensor | Mapping[str, Tensor]) -> None:
-    """Write a tensor, or tensors by name, as a `.pt` file, whole or not at all."""
+    """Write a tensor, or tensors by name, as a `.pt` file, whole or not at all. OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -55,6 +55,8 @@ def write_pt(path: Path, value: Tensor | Mapping[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's own, on top of the full disk's
+        raise OSError(f"{path} could not be written: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
