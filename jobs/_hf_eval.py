@@ -21,6 +21,7 @@ from nanochat_ray.metrics.core_bundle import load_bundle
 from nanochat_ray.run_dir import DATA_FILE, RunDir, default_storage, existing_run, read_json
 
 FOLDER = "hf"
+DTYPE = "float32"  # whatever the hardware: numbers of models of others are compared with published ones
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def run(
     sequence_len: int,
     manifest: DataManifest | None,
 ) -> Path:
-    folder = job.run_dir.stage("base_eval")
+    folder, dtype = job.run_dir.stage("base_eval"), run_settings.dtype or DTYPE
     bundle, no_bundle = core_bundle(run_settings, settings)
     config = {
         "settings": settings.identity(),
         "model": source.identity(),
         "sequence_len": sequence_len,
-        "dtype": run_settings.dtype,
+        "dtype": dtype,
         "data": manifest.hash if manifest else None,
         "bundle": load_bundle(bundle).sha256 if bundle and run_settings.eval_bundle else None,
     }
@@ -70,7 +71,7 @@ def run(
         if notes is None:
             return folder
         spec = HFSpec(
-            source, job.device, run_settings.dtype, bundle, manifest, sequence_len, settings.device_batch_size
+            source, job.device, dtype, bundle, manifest, sequence_len, settings.device_batch_size
         )
         if no_bundle:
             notes.skip("CORE", no_bundle)

@@ -1,6 +1,7 @@
 """A model as a folder that Transformers loads: weights, network, tokenizer, chat template, card.
 
-The folder is written beside its place and renamed into it, so it is there whole or not at all.
+The folder is written beside its place and renamed into it, so it is there whole or not at all. An export that was
+killed leaves a hidden folder `.<name>.<mark>.tmp` there.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ class HFModel:
         self.network, self.device = network.to(device).eval(), torch.device(device)
         self.compute_dtype = network.dtype
         self.lengths = lengths_of(network.config)
-        self.vocab_size = int(network.get_output_embeddings().weight.size(0))  # rows of logits
+        head = network.get_output_embeddings()
+        self.vocab_size = int(network.config.vocab_size if head is None else head.weight.size(0))  # of its logits
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:

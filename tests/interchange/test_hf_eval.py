@@ -19,11 +19,12 @@ from nanochat_ray.corpus.reader import scan_data
 from nanochat_ray.metrics.core import prepare
 from nanochat_ray.metrics.core_bundle import load_bundle, load_items
 from nanochat_ray.report.records import StageRecord, read_result
-from nanochat_ray.run_dir import DATA_FILE, DONE_FILE, write_json
+from nanochat_ray.run_dir import DATA_FILE, DONE_FILE, Lease, RunDir, write_json
 from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit
 from nanochat_ray.text.packing import reference_rows
 from tests.conftest import sentences
 from tests.interchange.hf_made import need_hf
+from tests.jobs.running import run as run_job
 from tests.metrics.bundle import three_kinds
 from tests.stages.tiny import Recorder, make_run, run_pretrain
 
@@ -147,8 +148,6 @@ def own_run(tmp_path_factory, shards) -> tuple[Path, Path]:
     """A storage with a pretrained run, and the folder that it was exported to."""
     from export_hf import export
 
-    from nanochat_ray.run_dir import Lease, RunDir
-
     storage = tmp_path_factory.mktemp("storage")
     job, rows = make_run(storage / "d2", shards)
     run_pretrain(job, rows, Recorder(job.stage_folder))
@@ -180,6 +179,27 @@ def test_an_exported_run_has_the_runs_own_numbers(own_run, bundle, tmp_path):
     assert theirs.tables == ours.tables
     again = evaluate(storage, folder, trust=True, model_tag="d2", eval_bundle=str(bundle))
     assert again.started_at == theirs.started_at  # done before, skipped
+
+
+def test_the_jobs_as_commands(own_run, tmp_path):
+    """From another folder: an export, a second one over it, its evaluation; stages and steps that are not there."""
+    from export_hf import export
+
+    storage, _ = own_run
+    (tmp_path / "run").mkdir()
+    shutil.copytree(storage / "d2", tmp_path / "run" / "d2")
+    code, out = run_job(tmp_path / "run", "export_hf.py", "--source", "base", "--to", "x/out", "--dtype", "bfloat16")
+    folder = tmp_path / "run" / "x" / "out"
+    assert code == 0 and str(folder) in out and (folder / "model.safetensors").exists(), out
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    code, out = run_job(tmp_path / "run", "export_hf.py", "--source", "base", "--to", str(folder))
+    assert code == 1 and "is there already" in out and len(out.splitlines()) == 1, out
+    for source, step, what in (("sft", None, "stage sft of"), ("base", 99, "no checkpoint of step 99")):
+        with pytest.raises(FileNotFoundError, match=what):
+            export(RunDir(tmp_path / "run" / "d2"), source, step, tmp_path / "y", None)
+    code, out = run_job(tmp_path / "run", "base_eval.py", "--no-ray", "--eval", "bpb", "--hf-path", "x/out",
+                        "--trust-remote-code", "-g", "d2", "--split-tokens", "64")  # fmt: skip
+    assert code == 0 and (tmp_path / "run" / "hf" / "out" / "base_eval" / DONE_FILE).exists(), out
 
 
 def test_on_actors_the_same(own_run, bundle, ray_cluster):
