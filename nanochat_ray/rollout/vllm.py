@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat_ray.interchange.vllm_engine import VllmEngine
+from nanochat_ray.interchange.vllm_engine import VllmEngine, cache_bytes
 from nanochat_ray.messages import Rollout, RolloutUnit
 from nanochat_ray.model.flat_weights import FlatWeights
 from nanochat_ray.model.gpt import GPT
@@ -51,11 +51,14 @@ class VllmSampler:
         dtype, _ = pick_dtype(spec.device, spec.dtype)
         prepare_device(spec.device)
         torch.set_num_threads(spec.threads)  # vLLM lets nobody change it later
+        on_gpu = spec.device.startswith("cuda")
+        kv_bytes = None if on_gpu else cache_bytes(spec.model_config, spec.max_rows, spec.max_len, dtype)
         with tempfile.TemporaryDirectory(prefix="nanochat_ray_vllm_") as folder:
             blank = GPT.build(spec.model_config, compute_dtype=dtype)  # its weights are replaced before the first unit
             self.engine = VllmEngine(
                 export_for_vllm(blank, Path(folder)), Tokenizer.load(spec.tokenizer_folder), spec.model_config,
-                spec.max_rows, dtype=dtype, chunk_tokens=CHUNK_TOKENS, tools=spec.task.open().tools,
+                spec.max_rows, dtype=dtype, device=spec.device, chunk_tokens=CHUNK_TOKENS, kv_bytes=kv_bytes,
+                tools=spec.task.open().tools,
             )
         self.version: int | None = None
 

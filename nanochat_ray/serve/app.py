@@ -160,7 +160,7 @@ class ChatServer:
         kv_bytes = settings.kv_bytes_each(free_bytes(device))
         engines = []
         for served, model in loaded:
-            engine = make_engine(settings, served.tokenizer, model, kv_bytes)
+            engine = make_engine(settings, served.tokenizer, model, device, kv_bytes)
             warm_up = SamplingParams(max_tokens=WARM_UP_TOKENS, use_tools=False)
             list(engine.generate([[served.tokenizer.bos_id]], warm_up))
             engine.forget()

@@ -67,8 +67,10 @@ class Shelf:
         return RunDir.of(self.storage, self.choice.model_tag).fetch()
 
 
-def make_engine(settings: ServeSettings, tokenizer: Tokenizer, model: GPT, kv_bytes: int | None) -> Engine:
-    """The engine that the settings name, for a network. ValueError if it is vLLM, and missing."""
+def make_engine(
+    settings: ServeSettings, tokenizer: Tokenizer, model: GPT, device: str, kv_bytes: int | None
+) -> Engine:
+    """The engine that the settings name, on a device. ValueError if it is vLLM, and there is none for the device."""
     rows, chunk_tokens = settings.max_rows, settings.chunk_tokens
     if settings.engine == "own":
         return Engine(model, tokenizer, rows, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes)
@@ -78,5 +80,5 @@ def make_engine(settings: ServeSettings, tokenizer: Tokenizer, model: GPT, kv_by
     with tempfile.TemporaryDirectory(prefix="nanochat_ray_vllm_") as folder:
         return VllmEngine(
             export_for_vllm(model, Path(folder)), tokenizer, model.config, rows, dtype=model.compute_dtype,
-            chunk_tokens=chunk_tokens, kv_bytes=kv_bytes,
+            device=device, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes,
         )

@@ -254,3 +254,29 @@ def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(noise):
         with pytest.raises(ValueError):
             noise.update(weights)
     assert noise.rollouts([prompt], params) == before
+
+
+def test_a_vllm_for_another_device_is_refused(engine, tmp_path):
+    from nanochat_ray.interchange.vllm_engine import VllmEngine
+
+    with pytest.raises(ValueError, match="runs on cpu, and cuda is wanted"):
+        VllmEngine(tmp_path, TOKENIZER, CONFIG, dtype=torch.float32, device="cuda")
+
+
+def test_an_engine_that_failed_is_not_used_again(noise, monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    names = len(noise._running) + noise._n_names
+    with monkeypatch.context() as patch:
+        patch.setattr(noise._vllm, "step", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            noise.rollouts([random_prompt(5, 1)], SamplingParams(max_tokens=3))
+    assert noise.failed and not noise.busy
+    noise.submit(random_prompt(5, 1), SamplingParams(max_tokens=3))
+    with pytest.raises(AssertionError, match="failed in an earlier step"):
+        noise.step()
+    noise.cancel(noise._n_requests - 1)
+    noise.failed = False  # for the tests that come
+    noise._vllm.abort_request([str(name) for name in range(names, noise._n_names)])
+    assert noise.rollouts([random_prompt(5, 1)], SamplingParams(max_tokens=3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -56,3 +57,16 @@ def test_sampling_in_turns_with_training_is_refused_by_name(storage, more):
 def test_what_vllm_cannot_serve_is_refused(args, said):
     with pytest.raises(ValidationError, match=said):
         ServeSettings.model_validate({"engine": "vllm"} | args)
+
+
+def test_an_actor_whose_vllm_failed_ends(monkeypatch):
+    """The pool then starts another one; in the same process there is no new engine."""
+    from nanochat_ray.rollout import vllm
+
+    ended: list[int] = []
+    monkeypatch.setattr(vllm.os, "_exit", ended.append)
+    sampler = object.__new__(vllm.VllmSampler)
+    for failed in (False, True):
+        sampler.engine = SimpleNamespace(failed=failed)
+        sampler.rest()
+        assert ended == [1] * failed
