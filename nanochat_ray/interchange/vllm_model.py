@@ -9,6 +9,10 @@ be known later must be in there: one more attention layer has a window of two po
 value the token's id in binary. Its output is the plain mean of the two ids' digits, from which the own ones are taken
 away. Digits 0 and 1 and their means are exact in every dtype (values made of embeddings would lose their last bits in
 the difference), and one key head is wide enough for them, so its pages are as large as the other layers'.
+
+vLLM deals memory to groups of layers that keep the same positions, as many groups as the rarest kind of layer demands.
+A kind of its own for the one layer with two positions would make every layer a group, each with tables to be filled in
+every step. So that layer keeps what the last layer keeps, where vLLM's attention takes a window for each layer.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 HEAD_MULTIPLE = 32  # channels; vLLM's kernels for CPUs know all such head sizes up to 256
+WINDOWS_BY_LAYER = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # vLLM's attention that allows for several in a group
 
 
 class Body(GPT):
@@ -125,6 +130,8 @@ class NanochatRayForCausalLM(nn.Module):
             PagedAttention(config, window, vllm_config, f"layers.{layer}.attn") for layer, window in enumerate(windows)
         )
         self.smear = PreviousToken(config, vllm_config, f"layers.{config.n_layer}.smear")
+        if self.smear.attention.attn_backend.get_name() in WINDOWS_BY_LAYER:
+            self.smear.attention.get_kv_cache_spec = self.attention[-1].attention.get_kv_cache_spec
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.gpt.embed(input_ids)

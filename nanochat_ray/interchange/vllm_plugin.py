@@ -89,17 +89,21 @@ def export_for_vllm(source: Checkpoint | GPT | Path, folder: Path) -> Path:
         source = _checkpoint_in(source)
     config = source.config if isinstance(source, GPT) else source.model_config
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    # A name for each: renaming a link over another one of the same file leaves both, and writing to what is left would
+    # write into the checkpoint.
+    weights, settings = (folder / f".{uuid.uuid4().hex}.tmp" for _ in range(2))
     try:
         if isinstance(source, GPT):
-            save_file(snapshot(source.state_dict().items()), temporary)
+            save_file(snapshot(source.state_dict().items()), weights)
         else:
-            _link(source.folder / MODEL_FILE, temporary)
-        os.replace(temporary, folder / MODEL_FILE)
-        temporary.write_text(json.dumps(vllm_config(config), indent=2))
-        os.replace(temporary, folder / CONFIG_FILE)
+            _link(source.folder / MODEL_FILE, weights)
+        with open(settings, "x") as file:
+            json.dump(vllm_config(config), file, indent=2)
+        os.replace(weights, folder / MODEL_FILE)
+        os.replace(settings, folder / CONFIG_FILE)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in (weights, settings):
+            path.unlink(missing_ok=True)
     return folder
 
 

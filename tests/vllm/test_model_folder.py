@@ -56,6 +56,24 @@ def test_a_folder_can_be_written_again(tmp_path: Path) -> None:
     assert kept.model_tensors().keys() == MODEL.state_dict().keys()
 
 
+def test_the_same_checkpoint_again_leaves_it_whole(tmp_path: Path) -> None:
+    checkpoint = checkpoint_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    for _ in range(3):
+        folder = export_for_vllm(checkpoint, tmp_path / "folder")
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+        assert (folder / "model.safetensors").read_bytes() == before["model.safetensors"]
+        assert json.loads((folder / "config.json").read_text())["architectures"]
+
+
+def test_a_network_written_over_a_link_leaves_the_checkpoint_whole(tmp_path: Path) -> None:
+    checkpoint = checkpoint_folder(tmp_path)
+    before = (checkpoint / "model.safetensors").read_bytes()
+    export_for_vllm(MODEL, export_for_vllm(checkpoint, tmp_path / "folder"))
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
 def test_a_broken_checkpoint_is_not_exported(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path)
     with open(folder / "model.safetensors", "ab") as file:
