@@ -32,7 +32,7 @@ WORDS: dict[RunState, str] = {
     "running": "a job is at work on it",
     "done": "every stage that was begun is done",
     "failed": "its last job ended with an error",
-    "stopped": "stopped with its state saved; the same command goes on",
+    "stopped": "ended before its last stage was done; the same command goes on",
     "died": "its job died; the same command goes on from the last checkpoint",
     "empty": "no stage has begun",
 }

@@ -13,7 +13,7 @@ from nanochat_ray.report.plots import PLOTS, Plot
 from nanochat_ray.report.training import numbers
 
 WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 28
 MAX_POINTS = 240  # of a line; more are averaged
 DOTS_UP_TO = 40  # points that are also drawn as dots
 TICKS = 4
@@ -45,8 +45,9 @@ def charts_of(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 def figure(chart: Chart) -> str:
     """The chart with its title, its newest values and a legend, as HTML."""
+    alone = len(chart.lines) == 1
     newest = "".join(
-        f'<span class="key c{number}">{escape(legend)} <b>{tick_text(points[-1][1])}</b></span>'
+        f'<span class="key c{number}">{"" if alone else escape(legend)} <b>{tick_text(points[-1][1])}</b></span>'
         for number, (legend, points) in enumerate(chart.lines.items())
     )
     return f"<figure><figcaption><h3>{escape(chart.plot.y_label)}</h3>{newest}</figcaption>{svg(chart)}</figure>"
@@ -57,7 +58,8 @@ def svg(chart: Chart) -> str:
     shown = {legend: thinned(points) for legend, points in chart.lines.items()}
     every = [point for points in shown.values() for point in points]
     low, high = _bounds([value for _, value in every], chart.plot.from_zero)
-    first, last = min(step for step, _ in every), max(step for step, _ in every)
+    steps = [step for points in chart.lines.values() for step, _ in points]
+    first, last = min(steps), max(steps)
 
     def place(step: float, value: float) -> tuple[float, float]:
         across = (step - first) / (last - first) if last > first else 0.5
@@ -85,12 +87,12 @@ def svg(chart: Chart) -> str:
 
 
 def thinned(points: Points) -> Points:
-    """At most about MAX_POINTS points: means over equal numbers of neighbours, the last point as it is."""
+    """At most about MAX_POINTS points: means over equal numbers of neighbours, the first and the last as they are."""
     size = -(-len(points) // MAX_POINTS)
     if size <= 1:
         return points
-    parts = [points[k : k + size] for k in range(0, len(points) - 1, size)]
-    return [*((_mean(x for x, _ in part), _mean(y for _, y in part)) for part in parts), points[-1]]
+    parts = [points[k : k + size] for k in range(1, len(points) - 1, size)]
+    return [points[0], *((_mean(x for x, _ in part), _mean(y for _, y in part)) for part in parts), points[-1]]
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:

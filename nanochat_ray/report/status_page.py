@@ -61,7 +61,7 @@ figcaption h3 { margin-right: auto; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin: 0 5px 3px 0;
   background: currentColor; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--dim); font-size: 11px; font-family: inherit; }
+svg text { fill: var(--dim); font-size: 13px; font-family: inherit; }
 svg .grid { stroke: var(--line); stroke-width: 1; fill: none; }
 svg polyline { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; }
 svg circle { fill: currentColor; stroke: none; } svg .faint { opacity: .4; }
@@ -113,7 +113,11 @@ def _now(status: RunStatus) -> str:
             cells.append(("step", f"{stage.step:,}" + (f" / {stage.steps:,}" if stage.steps else "")))
         if stage.eta_s is not None:
             cells.append(("to go", duration(stage.eta_s)))
-        cells.append(("last checkpoint", _checkpoint_cell(stage)))
+        saved = stage.checkpoint
+        if saved is None:
+            cells.append(("last checkpoint", "none yet"))
+        else:
+            cells.append((f"checkpoint, {duration(saved.age_s)} old", f"{saved.step:,}"))
         if stage.done_frac is not None:
             bar = f'<div class="bar"><i style="width:{100 * stage.done_frac:.1f}%"></i></div>'
     else:
@@ -124,11 +128,6 @@ def _now(status: RunStatus) -> str:
     shown = "".join(f'<div><span class="dim">{escape(name)}</span><b>{escape(text)}</b></div>' for name, text in cells)
     holder = f'<p class="dim">{escape(holder_words(status.holder))}</p>' if status.holder is not None else ""
     return f'{bar}<div class="card now">{shown}</div>{holder}'
-
-
-def _checkpoint_cell(stage: StageStatus) -> str:
-    saved = stage.checkpoint
-    return "none yet" if saved is None else f"{saved.step:,}, {duration(saved.age_s)} ago"
 
 
 def _failure(status: RunStatus) -> str:
