@@ -26,12 +26,15 @@ COMMANDS = ("ip", "sshd", "ssh", "ssh-keygen", "rsync", "unshare", "setpriv", "m
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT_S = 120.0
 SHM = "2g"
+SHARED = "/mnt/nanochat"
 # The first process of a host: its own folders over the shared ones, its network, then sshd in its place.
 BOOT = """
 set -eu
 mount -t tmpfs -o size={shm} shm /dev/shm
 mkdir -p /tmp/ray /run/sshd
 mount --bind {folder}/tmp /tmp/ray
+mount -t tmpfs mnt /mnt
+{mounts}
 for name in passwd shadow hosts; do mount --bind {folder}/etc/$name /etc/$name; done
 echo {name} > /proc/sys/kernel/hostname
 ip link set lo up
@@ -112,8 +115,11 @@ def require_hosts() -> None:
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts, ready for ssh, in a network of their own with this process."""
+def hosts(count: int, shared: Path | None = None) -> Iterator[list[Host]]:
+    """So many hosts, ready for ssh, in a network of their own with this process.
+
+    `shared` is a folder of this machine that all of them have as SHARED.
+    """
     base = Path(tempfile.mkdtemp(prefix="nrh"))  # short: Ray's sockets lie below it
     subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
     bridge = f"nrb{os.getpid()}"
@@ -128,7 +134,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
         addresses = [f"{subnet}.{10 + k}" for k in range(count)]
         table = "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
         for k in range(count):
-            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table))
+            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table, shared))
             plug_in(made[-1], bridge, f"nr{os.getpid()}v{k}")
         for host in made:
             wait_for_ssh(host)
@@ -144,7 +150,7 @@ def ip(*command: str) -> None:
     subprocess.run(["ip", *command], check=True)
 
 
-def boot(folder: Path, name: str, address: str, key: Path, table: str) -> Host:
+def boot(folder: Path, name: str, address: str, key: Path, table: str, shared: Path | None) -> Host:
     """Start a host's first process. It waits for its network."""
     etc, home = folder / "etc", folder / "root"
     for path in (etc, home, folder / "tmp"):
@@ -156,7 +162,10 @@ def boot(folder: Path, name: str, address: str, key: Path, table: str) -> Host:
     (etc / "authorized_keys").write_bytes(key.with_suffix(".pub").read_bytes())
     (etc / "sshd_config").write_text(SSHD.format(folder=folder))
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
-    script = BOOT.format(folder=folder, name=name, address=address, shm=SHM, sshd=shutil.which("sshd"))
+    mounts = f"mkdir {SHARED}; mount --bind {shlex.quote(str(shared))} {SHARED}" if shared else ""
+    script = BOOT.format(
+        folder=folder, name=name, address=address, shm=SHM, mounts=mounts, sshd=shutil.which("sshd")
+    )
     with open(folder / "boot.log", "w") as log:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "sh", "-c", script],
