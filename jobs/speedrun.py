@@ -118,8 +118,12 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 def cli() -> None:
     flags = read_flags(__doc__ or "", SECTIONS, extra=add_preset)
-    settings, line = settings_from(flags, find_machine(flags.settings(RunSettings).ray))
+    machine = find_machine(flags.settings(RunSettings).ray)
+    settings, line = settings_from(flags, machine)
     print(line, flush=True)
+    from _plan import announce
+
+    announce(settings, machine)
     speedrun(settings)
 
 
