@@ -145,10 +145,11 @@ def _holder(root: Path, now_s: float, problems: list[str]) -> Holder | None:
 
 def _stage(run: RunDir, name: str, now_s: float, problems: list[str]) -> StageStatus:
     folder = run.stage(name)
-    begun, done = (folder / CONFIG_FILE).exists(), (folder / DONE_FILE).exists()
+    begun = any((folder / file).exists() for file in (CONFIG_FILE, METRICS_FILE))
+    done = (folder / DONE_FILE).exists()
     if name == "report":  # a stage without settings, made anew each time
         done = (folder / "report.md").exists()
-    settings = _settings(folder, problems) if begun else {}
+    settings = _settings(folder, problems) if (folder / CONFIG_FILE).exists() else {}
     written = read_lines(folder / METRICS_FILE)
     kept = without_undone(written)
     trained = [record for record in kept if is_train_step(record) and isinstance(record.get("step"), int)]
