@@ -33,6 +33,8 @@ set -eu
 mount -t tmpfs -o size={shm} shm /dev/shm
 mkdir -p /tmp/ray /run/sshd
 mount --bind {folder}/tmp /tmp/ray
+mount -t tmpfs cgroup /sys/fs/cgroup
+echo {cpus}00000 100000 > /sys/fs/cgroup/cpu.max
 mount -t tmpfs mnt /mnt
 {mounts}
 for name in passwd shadow hosts; do mount --bind {folder}/etc/$name /etc/$name; done
@@ -104,21 +106,26 @@ def why_not() -> str | None:
     return f"namespaces are not permitted here: {made.stderr.strip()}" if made.returncode else None
 
 
+def needed() -> bool:
+    """Whether a test that does without hosts is a failure."""
+    return bool(os.environ.get(NEED))
+
+
 def require_hosts() -> None:
     """Skip the test by name without hosts; fail it where the environment says that they are needed."""
     reason = why_not()
     if reason is None:
         return
-    if os.environ.get(NEED):
+    if needed():
         pytest.fail(f"{NEED} is set, but {reason}")
     pytest.skip(reason)
 
 
 @contextlib.contextmanager
-def hosts(count: int, shared: Path | None = None) -> Iterator[list[Host]]:
+def hosts(count: int, shared: Path | None = None, cpus: int = 1) -> Iterator[list[Host]]:
     """So many hosts, ready for ssh, in a network of their own with this process.
 
-    `shared` is a folder of this machine that all of them have as SHARED.
+    `shared` is a folder of this machine that all of them have as SHARED. Ray finds `cpus` on each, as in a container.
     """
     base = Path(tempfile.mkdtemp(prefix="nrh"))  # short: Ray's sockets lie below it
     subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
@@ -134,7 +141,7 @@ def hosts(count: int, shared: Path | None = None) -> Iterator[list[Host]]:
         addresses = [f"{subnet}.{10 + k}" for k in range(count)]
         table = "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
         for k in range(count):
-            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table, shared))
+            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table, shared, cpus))
             plug_in(made[-1], bridge, f"nr{os.getpid()}v{k}")
         for host in made:
             wait_for_ssh(host)
@@ -150,7 +157,7 @@ def ip(*command: str) -> None:
     subprocess.run(["ip", *command], check=True)
 
 
-def boot(folder: Path, name: str, address: str, key: Path, table: str, shared: Path | None) -> Host:
+def boot(folder: Path, name: str, address: str, key: Path, table: str, shared: Path | None, cpus: int) -> Host:
     """Start a host's first process. It waits for its network."""
     etc, home = folder / "etc", folder / "root"
     for path in (etc, home, folder / "tmp"):
@@ -164,7 +171,7 @@ def boot(folder: Path, name: str, address: str, key: Path, table: str, shared: P
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
     mounts = f"mkdir {SHARED}; mount --bind {shlex.quote(str(shared))} {SHARED}" if shared else ""
     script = BOOT.format(
-        folder=folder, name=name, address=address, shm=SHM, mounts=mounts, sshd=shutil.which("sshd")
+        folder=folder, name=name, address=address, shm=SHM, cpus=cpus, mounts=mounts, sshd=shutil.which("sshd")
     )
     with open(folder / "boot.log", "w") as log:
         process = subprocess.Popen(
