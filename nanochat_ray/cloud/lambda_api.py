@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,12 @@ class _TryAgain(Exception):
         self.wait_s = wait_s
 
 
+@cache
+def certificates() -> ssl.SSLContext:
+    """Whom we believe to be Lambda. Reading them takes longer than a request, and Ray makes several providers."""
+    return httpx.create_ssl_context()
+
+
 def read_key(key_file: str | Path = KEY_FILE) -> str:
     """The API key: LAMBDA_API_KEY, else the file's content. FileNotFoundError or ValueError says what is missing."""
     key = os.environ.get("LAMBDA_API_KEY", "").strip()
@@ -129,6 +137,7 @@ class LambdaApi:
             base_url=f"{url.rstrip('/')}/api/v1",
             headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
             timeout=httpx.Timeout(60.0, connect=10.0),
+            verify=certificates(),
         )
         self._listing = threading.Lock()  # one list at a time: who waits for it takes what the other got
         self._listed: dict[str, Instance] = {}

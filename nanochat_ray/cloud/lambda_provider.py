@@ -196,7 +196,7 @@ class LambdaNodeProvider(NodeProvider):
         return {node_id: {"instance_id": node_id}}
 
     def _wait_for_boot(self, node_id: str) -> None:
-        """Wait until a head is active: 8 GPUs take longer to boot than Ray waits for ssh. LambdaError if it never is."""
+        """Wait until a head is active: 8 GPUs may take longer than Ray waits for ssh. LambdaError if it never is."""
         deadline = time.monotonic() + self.times.boot_s
         cli_logger.print("{} is booting; this takes minutes, and Ctrl-C ends it", node_id)
         while (node := self._node(node_id)) and node.status == "booting":
