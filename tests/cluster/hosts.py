@@ -139,9 +139,10 @@ def hosts(count: int, shared: Path | None = None, cpus: int = 1) -> Iterator[lis
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
         names = [f"host{k}" for k in range(count)]
         addresses = [f"{subnet}.{10 + k}" for k in range(count)]
-        table = "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
+        table = "127.0.0.1 localhost\n"
+        table += "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
         for k in range(count):
-            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table, shared, cpus))
+            made.append(boot(base / f"h{k}", names[k], addresses[k], key, table, shared, cpus))
             plug_in(made[-1], bridge, f"nr{os.getpid()}v{k}")
         for host in made:
             wait_for_ssh(host)

@@ -56,14 +56,14 @@ class Laptop:
 
 
 def for_hosts(config: Path, hosts: list[Host], folder: Path) -> Path:
-    """A copy of a cluster's file for these hosts: other addresses, key, and setup commands; the rest is as it is."""
+    """A copy of a cluster's file for these hosts: other addresses, key and environment; the rest is as it is."""
     values = yaml.safe_load(config.read_text())
     values["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [host.address for host in hosts[1:]]}
     values["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts[0].key)}
+    kept = [line for line in values["setup_commands"] if "venv" not in line and "pip install" not in line]
+    ours = "export PYTHONPATH=$HOME/nanochat-ray NANOCHAT_RAY_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0"
     values["setup_commands"] = [  # the tests' own environment; the code is what the file's mounts have brought
-        f"ln -sfn {sys.prefix} ~/nanochat-env",
-        "grep -q nanochat-env ~/.bashrc || echo 'export PATH=\"$HOME/nanochat-env/bin:$PATH\" "
-        "PYTHONPATH=\"$HOME/nanochat-ray\" NANOCHAT_RAY_OFFLINE=1 RAY_AUTH_MODE=token' >> ~/.bashrc",
+        *kept, f"ln -sfn {sys.prefix} ~/.nanochat-ray", f"echo '{ours}' >> ~/.bashrc",
     ]
     path = folder / config.name
     path.write_text(yaml.safe_dump(values))
@@ -84,8 +84,9 @@ class Cluster:
     def ask(self, path: str, token: str | None = None) -> Any:
         """What the dashboard's REST API answers; None as long as it answers nothing."""
         headers = {"Authorization": f"Bearer {token or self.laptop.token}"}
+        request = urllib.request.Request(self.address + path, headers=headers)
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=10) as got:
+            with urllib.request.urlopen(request, timeout=10) as got:
                 return json.load(got)
         except urllib.error.HTTPError as error:
             return error.code
@@ -102,10 +103,10 @@ class Cluster:
     def submit(self, name: str, *job: str, folder: Path | None = None) -> tuple[int, str]:
         """`ray job submit` of a job that goes on by itself. Tries again while the cluster cannot take jobs yet."""
         where = ["--working-dir", str(folder)] if folder else []
-        command = ["ray", "job", "submit", "--address", self.address, "--no-wait", "--submission-id", name, *where, "--"]
+        command = ["ray", "job", "submit", "--address", self.address, "--no-wait", "--submission-id", name]
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            code, said = self.laptop.run(*command, *job)
+            code, said = self.laptop.run(*command, *where, "--", *job)
             if "No available agent" not in said or time.monotonic() > deadline:
                 return code, said
             time.sleep(1)

@@ -1,4 +1,4 @@
-"""From `ray up` to `ray down` on three hosts: jobs submitted, stopped, killed, taken up from another node, and finished."""
+"""From `ray up` to `ray down` on three hosts: jobs submitted, killed, stopped, taken up from another node, finished."""
 
 from __future__ import annotations
 
