@@ -7,6 +7,7 @@ was begun is done; 1 there is no such run; 3 it is unfinished and nobody works o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -56,7 +57,9 @@ def look(run: RunDir) -> RunStatus:
     """The run's status now, with the records of a run in object storage brought here first."""
     from nanochat_ray.report.status import read_status
 
-    return read_status(run.fetch())
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged lease, which the status names
+        run.fetch()
+    return read_status(run)
 
 
 def follow(run: RunDir, args: argparse.Namespace) -> RunStatus:
@@ -65,7 +68,14 @@ def follow(run: RunDir, args: argparse.Namespace) -> RunStatus:
 
     clear = args.watch is not None and not args.json and sys.stdout.isatty()
     while True:
-        status = look(run)
+        try:
+            status = look(run)
+        except ConnectionError as error:
+            if args.watch is None:
+                raise
+            print(f"{error}; looking again in {args.watch:g} s", file=sys.stderr, flush=True)
+            time.sleep(args.watch)
+            continue
         going_on = args.watch is not None and status.state == "running"
         show(status, args.json, clear)
         if args.html is not None:
