@@ -9,7 +9,6 @@ from pathlib import Path
 from _runtime import connect
 
 from nanochat_ray.config import RunSettings, SpeedrunSettings
-from nanochat_ray.model.fp8 import check_numbers
 from nanochat_ray.model.precision import pick_dtype
 from nanochat_ray.plan.compute import measured_product_flops
 from nanochat_ray.plan.hardware import Device, Machines, cpu, free_disk_bytes, gpu
@@ -84,8 +83,6 @@ def announce(settings: SpeedrunSettings, machine: Machine) -> None:
     if run_dir.is_done("pretrain"):
         return
     planner = planner_for(machine, settings.run, ranks=settings.run.worker_range[1])
-    if settings.pretrain.fp8:
-        check_numbers(DTYPES[planner.dtype], settings.pretrain.max_seq_len)
     plan = planner.plan(settings)
     free = None if "://" in (settings.run.storage or "") else free_disk_bytes(run_dir.root)
     short_of_disk = free is not None and plan.disk.total > free

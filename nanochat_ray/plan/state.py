@@ -139,8 +139,11 @@ def _updating(shard: OptimShard) -> tuple[int, int]:
         return own, own + _padding_copy(shard)
     assert isinstance(shard, MuonShard)
     own = len(shard.own) * n_bytes(shard.group.params[:1])
-    # The direction, and a tensor of its size beside it; in fp32 two more while it is orthogonalised.
-    arithmetic = (2 if shard.dtype != torch.float32 else 3) * own
+    m, n = shard.group.params[0].shape
+    if shard.dtype == torch.float32:  # two rounds' matrices, and the Gram matrix with its polynomial
+        arithmetic = 2 * own + 2 * own * min(m, n) // max(m, n)
+    else:  # the direction, its square, and what went in, in half the bytes
+        arithmetic = 5 * own // 2
     gathered = _slice_bytes(shard) * world_size + _slice_bytes(shard) if world_size > 1 else 0
     return arithmetic, gathered
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat_ray.config import PretrainSettings, SpeedrunSettings
+from nanochat_ray.model.fp8 import check_numbers
 from nanochat_ray.model.scaling import Plan, plan_training
 from nanochat_ray.plan.activations import Compute
 from nanochat_ray.plan.compute import Speed, expected_speed, optimizer_flops
@@ -102,8 +103,13 @@ class Planner:
         return MemoryPlan(training.config, self.compute(pretrain), shapes, self.machines.ranks, training.rows_per_step)
 
     def plan(self, settings: SpeedrunSettings, context: int | None = None) -> RunPlan:
-        """The whole plan; ValueError as `plan_training`. `context` is that of a stream when serving."""
+        """The whole plan. `context` is that of a stream when serving.
+
+        ValueError as `plan_training`, and for fp8 in another compute dtype than bfloat16.
+        """
         pretrain, machines, device = settings.pretrain, self.machines, self.machines.device
+        if pretrain.fp8:
+            check_numbers(DTYPES[self.dtype], pretrain.max_seq_len)
         training = plan_training(pretrain, settings.tokenizer.vocab_size)
         config, compute = training.config, self.compute(pretrain)
         shapes = Shapes(config, DTYPES[self.dtype])
