@@ -201,9 +201,9 @@ def _done_frac(
         return None
     if steps:
         return min(1.0, step / steps)
-    progress = trained[-1].get("train/progress")  # in epochs
+    progress = numbers(trained[-1:], "train/progress")  # in epochs
     epochs = settings.get("num_epochs") or 1
-    return min(1.0, progress / epochs) if numbers(trained[-1:], "train/progress") and epochs > 0 else None
+    return min(1.0, progress[0] / epochs) if progress and epochs > 0 else None
 
 
 def seconds_per_step(trained: Sequence[Mapping[str, Any]], written: Sequence[Mapping[str, Any]]) -> float | None:
