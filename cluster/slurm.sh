@@ -34,7 +34,7 @@ unset OMP_NUM_THREADS
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 common=(--num-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
-        --temp-dir="/tmp/ray-$SLURM_JOB_ID" --dashboard-agent-listen-port=0 --metrics-export-port=0 --block)
+        --temp-dir="/tmp/ray-$SLURM_JOB_ID" --dashboard-agent-listen-port=0 --block)
 steps=()
 finish() {
   if [ "${#steps[@]}" -gt 0 ]; then
