@@ -1,4 +1,4 @@
-"""cluster/slurm.sh with stand-ins for Slurm's commands: its signal before the time is over leaves a run that goes on."""
+"""cluster/slurm.sh with stand-ins for Slurm's commands: its signal before the time is up leaves a run that goes on."""
 
 from __future__ import annotations
 
