@@ -90,6 +90,7 @@ def read_args() -> argparse.Namespace:
         prog="status.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="unset: the largest run of the storage, or its latest")
+    parser.add_argument("--model-tag", metavar="RUN", help="another way to say RUN, as other jobs have it")
     parser.add_argument("--storage", help="folder of all runs, or a URI; unset: $NANOCHAT_BASE_DIR")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")
     parser.add_argument("--html", metavar="FILE", help="also write one page with the curves, good without a network")
@@ -97,6 +98,9 @@ def read_args() -> argparse.Namespace:
                         help=f"look again every so many seconds ({WATCH_S:g}) while a job is at work; the page of "
                              "--html is written anew and loads itself again")
     args = parser.parse_args()
+    if args.run is not None and args.model_tag not in (None, args.run):
+        parser.error(f"RUN {args.run} and --model-tag {args.model_tag}: one run can be looked at")
+    args.run = args.run or args.model_tag
     if args.watch is not None and not 0.1 <= args.watch <= 3600:
         parser.error(f"--watch {args.watch:g}: from 0.1 to 3600 seconds")
     return args

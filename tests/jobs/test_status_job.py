@@ -52,8 +52,9 @@ def storage(tmp_path, monkeypatch) -> Path:
 
 def test_what_a_run_may_be_called(status, storage, tmp_path, monkeypatch):
     monkeypatch.chdir(storage)
-    for named in (["whole"], ["whole", "--storage", str(storage)], [str(storage / "whole")], ["./whole/"], ["../"
-                  + storage.name + "/whole"], [f"file://{storage}/whole"], [f"file://{storage}/whole/"]):  # fmt: skip
+    for named in (["whole"], ["--model-tag", "whole"], ["whole", "--storage", str(storage)],
+                  [str(storage / "whole")], ["./whole/"], [f"../{storage.name}/whole"],
+                  [f"file://{storage}/whole"], [f"file://{storage}/whole/"]):  # fmt: skip
         code, said = status(*named)
         assert code == 0 and "whole: done" in said, (named, said)
     monkeypatch.chdir(storage / "whole")
@@ -72,7 +73,8 @@ def test_no_such_run(status, storage, flags, words):
 
 
 def test_wrong_flags(status, storage):
-    for flags in (["whole", "--watch", "0"], ["whole", "--watch", "x"], ["whole", "--htlm", "x"]):
+    for flags in (["whole", "--watch", "0"], ["whole", "--watch", "x"], ["whole", "--htlm", "x"],
+                  ["whole", "--model-tag", "half"]):  # fmt: skip
         assert status(*flags)[0] == 2
 
 
