@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
+from nanochat_ray.report.status import read_status
+from nanochat_ray.run_dir import RunDir
 from tests.conftest import write_shards
 from tests.jobs.running import JOBS, end
 from tests.observe.test_grafana import PANELS
@@ -276,6 +278,28 @@ def test_every_panel_has_data_in_a_real_prometheus(prometheus):
     counted = "sum by (outcome) (ray_nanochat_sandbox_programs_total)"
     outcomes = prometheus.query("/api/v1/query", query=counted)["result"]
     assert {one["metric"]["outcome"]: float(one["value"][1]) for one in outcomes} == {"passed": 1, "failed": 1}
+
+
+def test_a_training_worker_that_is_killed_counts_as_a_restart(cluster):
+    """In the run's files at once; in Prometheus when the next launch has reported.
+
+    Both runs train in one job here, where the end of one launch may take the other's workers along.
+    """
+    actors = cluster.ask("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
+    workers = [actor for actor in actors if actor["class_name"] == "RayTrainWorker" and actor["state"] == "ALIVE"]
+    assert len(workers) == 2
+    psutil.Process(workers[0]["pid"]).kill()
+    runs = [RunDir(cluster.folder / tag) for tag in (PRETRAIN_RUN, RL_RUN)]
+    until(lambda: any(read_status(run).restarts for run in runs), "no restart in the files")
+    failures = [failure for run in runs if (failure := read_status(run).last_failure)]
+    assert failures and not any(failure.final for failure in failures)
+    if cluster.prometheus:
+
+        def restarts() -> bool:
+            found = cluster.query("/api/v1/query", query="max(ray_nanochat_train_restarts)")["result"]
+            return bool(found) and float(found[0]["value"][1]) >= 1
+
+        until(restarts, "no restart in Prometheus")
 
 
 def test_the_documented_command_puts_the_dashboard_where_grafana_looks(cluster):

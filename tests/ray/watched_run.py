@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     def train(job: Any, source: Any, rows_per_step: int, workers: Workers) -> None:
         try:
             with Lease.acquire(job.stage_folder.parent) as lease:
-                patience = Patience(0, wait_s=120, can_grow=False)
+                patience = Patience(max_restarts=3, wait_s=120, can_grow=False)
                 fit(job, source, rows_per_step, workers, lease, "dummy", patience, 2, stop.exists)
         except BaseException as error:
             told.append(f"{job.stage_folder}: {error!r}")
