@@ -11,7 +11,7 @@ from nanochat_ray.plan.state import Shapes, StateBytes, state_bytes
 GIB = 2**30
 USABLE_FRAC = 0.92  # of a device's memory: the rest is lost between torch's blocks
 RESERVE_GPU_BYTES = int(1.5 * GIB)  # the CUDA context, the libraries' workspaces, NCCL's buffers
-RESERVE_CPU_BYTES = int(0.5 * GIB)  # Python, torch and Ray of one worker
+RESERVE_CPU_BYTES = int(0.75 * GIB)  # Python, torch, Ray and scratch memory of one worker; bench/plan.py measures it
 
 
 @dataclass(frozen=True)
