@@ -206,8 +206,9 @@ class LambdaApi:
         """The id of the instance with this token, once it can be seen; None if it is not within `times.settle_s`."""
         deadline = time.monotonic() + self.times.settle_s
         while True:
+            last = time.monotonic() > deadline  # known before the list is asked for: it may be long under way
             found = [i.id for i in self.instances(fresh=True).values() if i.tags.get(TOKEN) == token and i.alive]
-            if found or time.monotonic() > deadline:
+            if found or last:
                 return min(found, default=None)
             time.sleep(self.times.settle_s / 10)
 

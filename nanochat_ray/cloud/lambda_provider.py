@@ -410,4 +410,5 @@ def open_api(provider_config: dict[str, Any], times: Times) -> LambdaApi:
         key = read_key(provider_config.get("api_key_file", KEY_FILE))
     except (FileNotFoundError, ValueError) as trouble:
         raise LambdaError(str(trouble)) from None
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request, every few seconds for ever
     return LambdaApi(key, provider_config.get("api_url", URL), state_folder(provider_config), times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from nanochat_ray.cloud.pace import Times
 from tests.cloud.fake_lambda import KEY, FakeLambda, serve
 
 FAST = 0.005
+PATIENT = {"patience_s": 60.0, "end_s": 60.0, "boot_s": 60.0, "appear_s": 60.0}  # machines that test are busy
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def cloud(monkeypatch) -> Iterator[FakeLambda]:
 
 @pytest.fixture
 def times(monkeypatch) -> Times:
-    fast = Times().scaled(FAST)
+    fast = replace(Times().scaled(FAST), **PATIENT)
     monkeypatch.setattr(LambdaNodeProvider, "times", fast)
     return fast
 

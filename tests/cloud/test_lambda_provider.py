@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def test_many_threads(make, cloud):
     assert sorted(made) == provider.non_terminated_nodes(WORKER) == sorted(cloud.alive()) and len(made) == 6
 
 
-def test_no_answer_is_an_error_and_not_an_empty_cluster(make, cloud):
+def test_no_answer_is_an_error_and_not_an_empty_cluster(make, cloud, times):
     provider = make()
+    provider._api.times = replace(times, patience_s=0.2)
     provider.create_node(MACHINE, WORKER, 1)
     cloud.faults = [Fault(LIST, 500, times=10_000)]
     with pytest.raises(LambdaError, match="did not answer"):
@@ -223,7 +225,7 @@ def test_a_head_that_came_up_stays(make, cloud):
 def test_a_head_that_never_boots_is_given_up_and_ended(make, cloud, monkeypatch):
     cloud.boot_s = 1e9
     provider = make()
-    monkeypatch.setattr(provider, "times", provider.times.scaled(0.02))
+    monkeypatch.setattr(provider, "times", replace(provider.times, boot_s=0.1))
     with pytest.raises(LambdaError, match="has been booting"):
         provider.create_node(MACHINE, HEAD, 1)
     provider._end_unfinished()
@@ -232,9 +234,10 @@ def test_a_head_that_never_boots_is_given_up_and_ended(make, cloud, monkeypatch)
 
 ENDS = """
 import os, signal, sys, time
+from dataclasses import replace
 from nanochat_ray.cloud.lambda_provider import LambdaNodeProvider
 from nanochat_ray.cloud.pace import Times
-LambdaNodeProvider.times = Times().scaled(0.01)
+LambdaNodeProvider.times = replace(Times().scaled(0.01), patience_s=60.0, end_s=60.0, boot_s=60.0)
 provider = LambdaNodeProvider({"type": "external", "api_url": sys.argv[1]}, "c")
 provider.create_node(%r, %r, 1)
 os.kill(os.getpid(), getattr(signal, sys.argv[2]))
