@@ -14,7 +14,7 @@ from tests.cluster.clusters import NODES, by_hand, launched
 from tests.cluster.hosts import hosts, needed, why_not
 from tests.cluster.laptop import DEADLINE_S, PROJECT, Cluster, Laptop, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 JOB = ("python", "jobs/speedrun.py", "--preset", "smoke", "--workers", "2", "--chat-eval.max-problems", "10",
        "--rl.num-iterations", "2")  # fmt: skip
 

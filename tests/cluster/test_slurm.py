@@ -17,7 +17,7 @@ from tests.cluster.laptop import DEADLINE_S, PROJECT, wait_until
 from tests.cluster.test_ray_up import step_of
 from tests.jobs.running import end, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SCRIPT = PROJECT / "cluster" / "slurm.sh"
 # Drops its options and runs the rest here; says the first node's name; writes down what it was asked for.
 STAND_INS = {
