@@ -130,6 +130,7 @@ def hosts(count: int, shared: Path | None = None, cpus: int = 1) -> Iterator[lis
     base = Path(tempfile.mkdtemp(prefix="nrh"))  # short: Ray's sockets lie below it
     subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
     bridge = f"nrb{os.getpid()}"
+    cables = [f"nr{os.getpid()}v{k}" for k in range(count)]
     made: list[Host] = []
     try:
         ip("link", "add", bridge, "type", "bridge")
@@ -143,14 +144,15 @@ def hosts(count: int, shared: Path | None = None, cpus: int = 1) -> Iterator[lis
         table += "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
         for k in range(count):
             made.append(boot(base / f"h{k}", names[k], addresses[k], key, table, shared, cpus))
-            plug_in(made[-1], bridge, f"nr{os.getpid()}v{k}")
+            plug_in(made[-1], bridge, cables[k])
         for host in made:
             wait_for_ssh(host)
         yield made
     finally:
         for host in made:
             host.crash()
-        subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
+        for link in (*cables, bridge):  # the kernel keeps cables while a connection lingers
+            subprocess.run(["ip", "link", "delete", link], capture_output=True)
         shutil.rmtree(base, ignore_errors=True)
 
 
