@@ -15,6 +15,7 @@ from nanochat_ray.plan.hardware import Device, Machines, cpu, free_disk_bytes, g
 from nanochat_ray.plan.short import LogRun, refusal, short_lines
 from nanochat_ray.plan.whole import DTYPES, Planner
 from nanochat_ray.presets import Machine, preset
+from nanochat_ray.remote import Remote
 from nanochat_ray.run_dir import RunDir, storage_path
 
 logger = logging.getLogger("nanochat_ray")
@@ -84,7 +85,7 @@ def announce(settings: SpeedrunSettings, machine: Machine) -> None:
         return
     planner = planner_for(machine, settings.run, ranks=settings.run.worker_range[1])
     plan = planner.plan(settings)
-    free = None if "://" in (settings.run.storage or "") else free_disk_bytes(run_dir.root)
+    free = None if Remote.of(run_dir.root) else free_disk_bytes(run_dir.root)
     short_of_disk = free is not None and plan.disk.total > free
     there = _there_bytes(storage_path(settings.run.storage), run_dir.root) if short_of_disk else 0
     for line in short_lines(plan, free, _measured(settings, machine)):

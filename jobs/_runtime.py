@@ -21,6 +21,7 @@ from nanochat_ray.messages import ClusterError
 from nanochat_ray.presets import Machine
 from nanochat_ray.report.progress import Progress
 from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, read_result, write_result
+from nanochat_ray.report.status_failures import note_failure
 from nanochat_ray.run_dir import (
     HEARTBEAT_S,
     HEARTBEAT_STALE_S,
@@ -30,12 +31,12 @@ from nanochat_ray.run_dir import (
     RunBusyError,
     RunDir,
     StaleWriterError,
-    _host_identity,
-    _stored_lease,
     clear_stop,
+    host_identity,
     push_records,
     request_stop,
     storage_path,
+    stored_lease,
 )
 from nanochat_ray.tasks.rows import TaskSources
 
@@ -136,9 +137,11 @@ class Job:
 
         try:
             yield notes
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError, StaleWriterError):
                 self.lease.check()
+                if isinstance(error, Exception) and not isinstance(error, Stopped):
+                    note_failure(folder, error, self.lease.epoch, final=True)
                 write_result(folder, record())
                 push_records(folder)
             raise
@@ -241,8 +244,8 @@ def take(run_dir: RunDir) -> Lease:
         try:
             return run_dir.open()
         except RunBusyError as error:
-            held = _stored_lease(run_dir.root)
-            if held is None or held["host"] == _host_identity():
+            held = stored_lease(run_dir.root)
+            if held is None or held["host"] == host_identity():
                 raise
             beat = (held["epoch"], held["heartbeat"])
             if beat != (first or beat) or time.monotonic() - begun > HEARTBEAT_STALE_S + 2 * HEARTBEAT_S:

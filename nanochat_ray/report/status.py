@@ -131,11 +131,11 @@ def _state(stages: Sequence[StageStatus], holder: Holder | None, last: Failure |
 
 def _holder(root: Path, now_s: float, problems: list[str]) -> Holder | None:
     try:
-        held = run_dir._stored_lease(root)
+        held = run_dir.stored_lease(root)
         if held is None:
             return None
         return Holder(
-            int(held["epoch"]), str(held["host"]).split("|")[0], int(held["pid"]), run_dir._holder_is_alive(held),
+            int(held["epoch"]), str(held["host"]).split("|")[0], int(held["pid"]), run_dir.holder_is_alive(held),
             bool(held.get("released")), max(0.0, now_s - float(held["heartbeat"])),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -61,8 +61,8 @@ def save(folder: Path, step: int, **meta: int) -> Path:
     saved = folder / "checkpoints" / f"step_{step:06d}"
     saved.mkdir(parents=True)
     write_json(saved / "meta.json", meta)
-    write_json(saved / "manifest.json", {"version": 1, "files": {"model.safetensors": {"bytes": 700, "sha256": ""},
-                                                                  "meta.json": {"bytes": 5, "sha256": ""}}})  # fmt: skip
+    files = {"model.safetensors": {"bytes": 700, "sha256": ""}, "meta.json": {"bytes": 5, "sha256": ""}}
+    write_json(saved / "manifest.json", {"version": 1, "files": files})
     return saved
 
 
@@ -189,8 +189,10 @@ def test_damaged_files_are_named_not_fatal(run, file, damage, monkeypatch):
 
 def test_odd_numbers_in_the_metrics(run):
     folder = begin(run, "sft")
-    lines = ['{"step": 0, "train/loss": null, "time": "x"}', '{"step": true, "train/loss": 1}', '{"step": 1e400}',
-             '{"step": "one", "train/loss": 2, "time": 1}', '{"train/loss": 3}', '{"step": 5, "train/loss": NaN}']  # fmt: skip
+    lines = [
+        '{"step": 0, "train/loss": null, "time": "x"}', '{"step": true, "train/loss": 1}', '{"step": 1e400}',
+        '{"step": "one", "train/loss": 2, "time": 1}', '{"train/loss": 3}', '{"step": 5, "train/loss": NaN}',
+    ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     status = read_status(run)
     assert status.current.step is not None and page(status, run)
