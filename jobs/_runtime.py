@@ -21,7 +21,10 @@ from nanochat_ray.messages import ClusterError
 from nanochat_ray.presets import Machine
 from nanochat_ray.report.progress import Progress
 from nanochat_ray.report.records import Sample, Skipped, StageRecord, Table, read_result, write_result
+from nanochat_ray.report.status_failures import note_failure
 from nanochat_ray.run_dir import (
+    HEARTBEAT_S,
+    HEARTBEAT_STALE_S,
     METRICS_FILE,
     RESULT_FILE,
     Lease,
@@ -29,9 +32,11 @@ from nanochat_ray.run_dir import (
     RunDir,
     StaleWriterError,
     clear_stop,
+    host_identity,
     push_records,
     request_stop,
     storage_path,
+    stored_lease,
 )
 from nanochat_ray.tasks.rows import TaskSources
 
@@ -41,6 +46,7 @@ for name, value in THREADS_ENV.items():
 
 EXIT_STOPPED = 130  # stopped on request with the state saved; the same command goes on
 FOLLOW_INTERVAL_S = 0.2
+LOOK_FOR_LIFE_S = 1.0
 
 
 class Stopped(Exception):
@@ -131,9 +137,11 @@ class Job:
 
         try:
             yield notes
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError, StaleWriterError):
                 self.lease.check()
+                if isinstance(error, Exception) and not isinstance(error, Stopped):
+                    note_failure(folder, error, self.lease.epoch, final=True)
                 write_result(folder, record())
                 push_records(folder)
             raise
@@ -220,9 +228,33 @@ def open_job(settings: RunSettings, model_tag: str, beside: int = 1) -> Iterator
         device: str = settings.device_type or ("cuda" if find_machine().gpus else "cpu")
     else:
         device = pick_device(settings.device_type)
-    with run_dir.open() as lease, contextlib.ExitStack() as stack:
+    with take(run_dir) as lease, contextlib.ExitStack() as stack:
         threads = max(1, available_cpus() // settings.worker_range[1])
         yield Job(settings, run_dir, lease, device, threads, stack, beside)
+
+
+def take(run_dir: RunDir) -> Lease:
+    """The run's lease. RunBusyError if its holder is alive.
+
+    Of a holder on another machine only its heartbeat can be seen, and that counts for some time after its death: so one
+    that does not beat is waited for. A job that Slurm, Kubernetes or a person starts again elsewhere needs that.
+    """
+    begun, first = time.monotonic(), None
+    while True:
+        try:
+            return run_dir.open()
+        except RunBusyError as error:
+            held = stored_lease(run_dir.root)
+            if held is None or held["host"] == host_identity():
+                raise
+            beat = (held["epoch"], held["heartbeat"])
+            if beat != (first or beat) or time.monotonic() - begun > HEARTBEAT_STALE_S + 2 * HEARTBEAT_S:
+                raise
+            if first is None:
+                logger.warning("%s, or it is dead; looking for signs of life for at most %.0f s",
+                               str(error).partition(";")[0], HEARTBEAT_STALE_S)
+            first = beat
+            time.sleep(LOOK_FOR_LIFE_S)
 
 
 @contextlib.contextmanager

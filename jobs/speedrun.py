@@ -54,7 +54,7 @@ def settings_from(flags: Flags, machine: Machine) -> tuple[SpeedrunSettings, str
     return SpeedrunSettings(preset=name, **parts), f"preset {name}: {why}"
 
 
-def speedrun(settings: SpeedrunSettings) -> None:
+def speedrun(settings: SpeedrunSettings, machine: Machine) -> None:
     import base_eval
     import chat_eval
     import pretrain
@@ -64,11 +64,13 @@ def speedrun(settings: SpeedrunSettings) -> None:
     import tok_eval
     import tok_train
     from _data import RunData, pinned_world
+    from _plan import announce
 
     from nanochat_ray.corpus.shards import shards_needed
     from nanochat_ray.model.scaling import plan_training
 
     pretrain.refuse_early(settings.run, settings.pretrain)
+    announce(settings, machine)
     plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
     tag = settings.run.model_tag or f"d{settings.pretrain.depth}"
     with open_job(settings.run, tag, rl.actors_beside(settings.rl)) as job:
@@ -118,9 +120,10 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 def cli() -> None:
     flags = read_flags(__doc__ or "", SECTIONS, extra=add_preset)
-    settings, line = settings_from(flags, find_machine(flags.settings(RunSettings).ray))
+    machine = find_machine(flags.settings(RunSettings).ray)
+    settings, line = settings_from(flags, machine)
     print(line, flush=True)
-    speedrun(settings)
+    speedrun(settings, machine)
 
 
 if __name__ == "__main__":

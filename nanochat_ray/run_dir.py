@@ -36,6 +36,7 @@ LEASE_LOCK_FILE = "lease.lock"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 DATA_FILE = "data.json"
+DEFAULT_STORAGE = "~/.cache/nanochat_ray"
 
 HEARTBEAT_S = 5.0
 HEARTBEAT_STALE_S = 60.0
@@ -57,17 +58,17 @@ class StaleWriterError(RuntimeError):
     """This process lost the run's folder to a later one and may not write to it."""
 
 
-def default_storage() -> Path:
-    """`NANOCHAT_BASE_DIR`, else `~/.cache/nanochat_ray`."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat_ray").expanduser()
-
-
 def storage_path(storage: str | None) -> Path:
-    """The storage folder as an absolute path; for a URI the local folder that mirrors it."""
-    if storage and "://" in storage:
-        return mirror_folder(storage, default_storage().absolute())
-    path = Path(storage).expanduser() if storage else default_storage()
-    return path.absolute()
+    """The storage folder as an absolute path; for a URI the local folder that mirrors it.
+
+    None is `NANOCHAT_BASE_DIR`, a folder or a URI too, else `~/.cache/nanochat_ray`.
+    """
+    base = os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_STORAGE
+    storage = storage or base
+    if "://" in storage:
+        mirrors = DEFAULT_STORAGE if "://" in base else base
+        return mirror_folder(storage, Path(mirrors).expanduser().absolute())
+    return Path(storage).expanduser().absolute()
 
 
 def _runs(storage: Path) -> dict[str, float]:
@@ -197,7 +198,7 @@ class RunDir:
     def fetch(self) -> RunDir:
         """For readers: the same run with its records here, unless a job on this machine is just writing them."""
         held = _local_lease(self.root)
-        if held is None or not (held["host"] == _host_identity() and _holder_is_alive(held)):
+        if held is None or not (held["host"] == host_identity() and holder_is_alive(held)):
             self._pull(Remote.of(self.root))
         return self
 
@@ -296,7 +297,7 @@ def clear_stop(folder: Path) -> None:
 # --- the lease ---------------------------------------------------------------------------------------------------
 
 
-def _host_identity() -> str:
+def host_identity() -> str:
     """Host, boot and pid namespace: within one value of it, process ids can be compared."""
     parts = [socket.gethostname()]
     for read in (
@@ -328,10 +329,10 @@ def _process_start_portable(pid: int) -> str | None:
         return None
 
 
-def _holder_is_alive(lease: dict[str, Any]) -> bool:
+def holder_is_alive(lease: dict[str, Any]) -> bool:
     if lease.get("released"):
         return False
-    if lease["host"] == _host_identity():
+    if lease["host"] == host_identity():
         return _process_start(int(lease["pid"])) == lease["started"]
     return time.time() - float(lease["heartbeat"]) < HEARTBEAT_STALE_S
 
@@ -374,7 +375,7 @@ def _local_lease(root: Path) -> Any:
     return _record(root / LEASE_FILE, (root / LEASE_FILE).read_bytes)
 
 
-def _stored_lease(root: Path) -> Any:
+def stored_lease(root: Path) -> Any:
     """The lease's record where it counts: in the run's store if there is one."""
     if (remote := Remote.of(root)) is None:
         return _local_lease(root)
@@ -390,7 +391,7 @@ def _store_lease(root: Path, record: dict[str, Any]) -> None:
 
 def lease_epoch(root: Path) -> int:
     """The epoch number of the run's current writer, 0 before the first."""
-    record = _stored_lease(root)
+    record = stored_lease(root)
     return 0 if record is None else int(record["epoch"])
 
 
@@ -437,14 +438,14 @@ class Lease:
         """Take the run's folder, at once if its last holder is dead; raises RunBusyError if it is alive."""
         remote = Remote.of(root)
         with _lease_lock(root):
-            found = [_local_lease(root), _stored_lease(root) if remote else None]
+            found = [_local_lease(root), stored_lease(root) if remote else None]
             for held in (record for record in found if record is not None):
-                if _holder_is_alive(held):
+                if holder_is_alive(held):
                     raise _busy(root, held)
             step = 1 if remote is None else 1 + secrets.randbelow(1 << 20)
             record = {
                 "epoch": max((held["epoch"] for held in found if held is not None), default=0) + step,
-                "host": _host_identity(),
+                "host": host_identity(),
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
                 "heartbeat": time.time(),
@@ -453,7 +454,7 @@ class Lease:
             _store_lease(root, record)
             if remote is not None:
                 time.sleep(SETTLE_S)
-                if (now := _stored_lease(root)) != record:
+                if (now := stored_lease(root)) != record:
                     write_json(root / LEASE_FILE, record | {"released": True})
                     raise _busy(root, now or record)
         return Lease(root, record)

@@ -97,6 +97,10 @@ def test_storage(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
     assert run_dir.storage_path(None).parts[-2:] == (".cache", "nanochat_ray")
     assert run_dir.shown(run_dir.storage_path("s3://bucket/runs/")) == "s3://bucket/runs"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "s3://bucket/other")
+    assert run_dir.shown(run_dir.storage_path(None)) == "s3://bucket/other"
+    assert run_dir.shown(run_dir.storage_path("gs://bucket/runs")) == "gs://bucket/runs"
+    assert run_dir.storage_path(str(tmp_path)) == tmp_path
 
 
 def test_the_largest_depth_is_found_first(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.metrics import Counter
 
 from nanochat_ray import sandbox
 from nanochat_ray.messages import ClusterError
@@ -22,6 +23,7 @@ MAX_TRIES = 3  # of one program, and of starting actors in a row, when actors di
 START_TIMEOUT_S = 300.0
 PROGRAM_TIMEOUT_S = 300.0  # far above what the sandbox itself waits for
 SPEAK_EVERY_S = 30.0
+PROGRAMS = "nanochat_sandbox_programs"  # a counter of Ray's metrics agent
 
 
 class SandboxActor:
@@ -76,6 +78,7 @@ class _Pool:
         self.actors: list[ray.actor.ActorHandle] = []
         self.failed_starts = 0
         self.heard_s = time.monotonic()
+        self.programs = Counter(PROGRAMS, "programs that a model wrote, by how running them ended", ("outcome",))
 
     def run(self, actors: int) -> list[ProgramResult | SandboxFailed]:
         try:
@@ -109,10 +112,15 @@ class _Pool:
         if number is None:
             self.failed_starts = 0
         else:
-            self.results[number] = found
+            self._note(number, found)
         if self.waiting:
             number = self.waiting.popleft()
             self.calls[actor.run.remote(self.codes[number], self.unsafe)] = (actor, number, time.monotonic())
+
+    def _note(self, number: int, result: ProgramResult | SandboxFailed) -> None:
+        self.results[number] = result
+        outcome = result.outcome if isinstance(result, ProgramResult) else "not run"
+        self.programs.inc(tags={"outcome": outcome})
 
     def _lost(self, number: int | None, error: RayActorError) -> None:
         logger.warning("a sandbox actor died; another one takes its place")
@@ -125,7 +133,7 @@ class _Pool:
             if self.tries[number] < MAX_TRIES:
                 self.waiting.appendleft(number)
             else:
-                self.results[number] = SandboxFailed(f"{MAX_TRIES} actors died while it ran")
+                self._note(number, SandboxFailed(f"{MAX_TRIES} actors died while it ran"))
         self._start()
 
     def _check_patience(self) -> None:

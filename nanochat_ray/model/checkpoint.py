@@ -222,10 +222,11 @@ def save_checkpoint(
             _fsync(root)
         if remote is not None:
             _push(remote, target, guard)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # which is safetensors' own for a full disk
         message = f"checkpoint of step {step} not saved, earlier ones are kept: {error}"
-        kind = next(kind for kind in (ConnectionError, TimeoutError, OSError) if isinstance(error, kind))
-        raise (kind(error.errno, message) if error.errno else kind(message)) from error
+        kind = next((kind for kind in (ConnectionError, TimeoutError) if isinstance(error, kind)), OSError)
+        number = getattr(error, "errno", None)
+        raise (kind(number, message) if number else kind(message)) from error
     finally:
         for path in (temporary, *leftovers):
             shutil.rmtree(path, ignore_errors=True)

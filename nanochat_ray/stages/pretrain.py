@@ -182,6 +182,7 @@ def run_loop(
                 "train/epoch": batch.cursor.epoch,
                 "train/item": batch.cursor.item,
                 "train/row": batch.cursor.row,
+                "train/progress": (state.step + 1) / horizon,
                 "total_training_time": state.training_time_s,
                 "total_training_flops": plan.flops_per_token * plan.total_batch_size * (state.step + 1),
             }

@@ -25,6 +25,7 @@ from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.report.environment import peak_memory_bytes
 from nanochat_ray.report.rl import AFTER, BEFORE, SAMPLES_FILES
 from nanochat_ray.run_dir import CHECKPOINTS, write_atomic
+from nanochat_ray.sandbox import SandboxFailed, SandboxUnavailable
 from nanochat_ray.stages.hooks import Hooks
 from nanochat_ray.stages.losses import LearningStep, learning_step, micro_batch
 from nanochat_ray.stages.parallel import build_strategy, check_strategy
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MUON_MOMENTUM = 0.95
 SAMPLES_SHOWN = 8
+SANDBOX_FAILURES = (SandboxFailed.__name__, SandboxUnavailable.__name__)  # how such a rollout's `failure` begins
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], learning: LearningStep, step
         "rollout/policy_lag": fmean(step - group.version for group in groups),
         "rollout/zero_advantage_frac": len(alike) / len(groups),
         "rollout/masked": sum(rollout.reward is None for rollout in rollouts),
+        "rollout/sandbox_failed": sum((rollout.failure or "").startswith(SANDBOX_FAILURES) for rollout in rollouts),
         "rollout/set_aside": sum(group.set_aside is not None for group in groups),
         "rollout/truncated_frac": fmean(rollout.finish_reason == "length" for rollout in rollouts) if rollouts else 0.0,
         "rollout/trained_tokens": learning.n_targets,

@@ -32,8 +32,19 @@ from nanochat_ray.data.dealer import DealerHandle, batches_from, start_dealer
 from nanochat_ray.messages import ClusterError, Cursor, PassedOn, World
 from nanochat_ray.model.checkpoint import newest_whole_step
 from nanochat_ray.observe.metrics import RayGauges
+from nanochat_ray.report.metrics_log import read_lines
+from nanochat_ray.report.status_failures import note_failure
 from nanochat_ray.report.tracker import Tracker
-from nanochat_ray.run_dir import CHECKPOINTS, STOP_FILE, Lease, StaleWriterError, clear_stop, pull_records, request_stop
+from nanochat_ray.run_dir import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    STOP_FILE,
+    Lease,
+    StaleWriterError,
+    clear_stop,
+    pull_records,
+    request_stop,
+)
 from nanochat_ray.stages.hooks import FolderHooks, Metrics, OpenBatches, TrainingState
 from nanochat_ray.stages.pretrain import PretrainJob, pretrain
 from nanochat_ray.stages.rl import RLJob, reinforce
@@ -81,10 +92,12 @@ class RayHooks(FolderHooks):
     ):
         super().__init__(stage_folder, lease_epoch, world, tracker, keep_last, background=True, beat=beat)
         self.gauges = RayGauges(stage_folder.name, stage_folder.parent.name)
+        written = read_lines(stage_folder / METRICS_FILE) if world.rank == 0 else []
+        self.restarts = sum(record.get("event") == "start" for record in written)
 
     def report(self, step: int, metrics: Metrics) -> None:
         super().report(step, metrics)
-        self.gauges.log(step, metrics)
+        self.gauges.log(step, {**metrics, "train/restarts": self.restarts})
 
     def save(self, step: int, state: TrainingState) -> float:
         stall_s = super().save(step, state)
@@ -188,6 +201,7 @@ def fit(
                     f"{stage} failed {failures} times in a row without a new checkpoint (--max-restarts "
                     f"{patience.max_restarts}), the last time with: {error}"
                 ) from error
+            note_failure(job.stage_folder, _in_short(error), epoch, reached)
             logger.warning("%s: %s; goes on from step %d (%d of %d restarts without a new checkpoint)",
                            stage, _in_short(error), reached, failures, patience.max_restarts)
             continue

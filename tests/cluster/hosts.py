@@ -26,12 +26,17 @@ COMMANDS = ("ip", "sshd", "ssh", "ssh-keygen", "rsync", "unshare", "setpriv", "m
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT_S = 120.0
 SHM = "2g"
+SHARED = "/mnt/nanochat"
 # The first process of a host: its own folders over the shared ones, its network, then sshd in its place.
 BOOT = """
 set -eu
 mount -t tmpfs -o size={shm} shm /dev/shm
 mkdir -p /tmp/ray /run/sshd
 mount --bind {folder}/tmp /tmp/ray
+mount -t tmpfs cgroup /sys/fs/cgroup
+echo {cpus}00000 100000 > /sys/fs/cgroup/cpu.max
+mount -t tmpfs mnt /mnt
+{mounts}
 for name in passwd shadow hosts; do mount --bind {folder}/etc/$name /etc/$name; done
 echo {name} > /proc/sys/kernel/hostname
 ip link set lo up
@@ -101,22 +106,31 @@ def why_not() -> str | None:
     return f"namespaces are not permitted here: {made.stderr.strip()}" if made.returncode else None
 
 
+def needed() -> bool:
+    """Whether a test that does without hosts is a failure."""
+    return bool(os.environ.get(NEED))
+
+
 def require_hosts() -> None:
     """Skip the test by name without hosts; fail it where the environment says that they are needed."""
     reason = why_not()
     if reason is None:
         return
-    if os.environ.get(NEED):
+    if needed():
         pytest.fail(f"{NEED} is set, but {reason}")
     pytest.skip(reason)
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts, ready for ssh, in a network of their own with this process."""
+def hosts(count: int, shared: Path | None = None, cpus: int = 1) -> Iterator[list[Host]]:
+    """So many hosts, ready for ssh, in a network of their own with this process.
+
+    `shared` is a folder of this machine that all of them have as SHARED. Ray finds `cpus` on each, as in a container.
+    """
     base = Path(tempfile.mkdtemp(prefix="nrh"))  # short: Ray's sockets lie below it
     subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
     bridge = f"nrb{os.getpid()}"
+    cables = [f"nr{os.getpid()}v{k}" for k in range(count)]
     made: list[Host] = []
     try:
         ip("link", "add", bridge, "type", "bridge")
@@ -126,17 +140,19 @@ def hosts(count: int) -> Iterator[list[Host]]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
         names = [f"host{k}" for k in range(count)]
         addresses = [f"{subnet}.{10 + k}" for k in range(count)]
-        table = "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
+        table = "127.0.0.1 localhost\n"
+        table += "".join(f"{address} {name}\n" for address, name in zip(addresses, names, strict=True))
         for k in range(count):
-            made.append(boot(base / f"h{k}", names[k], addresses[k], key, "127.0.0.1 localhost\n" + table))
-            plug_in(made[-1], bridge, f"nr{os.getpid()}v{k}")
+            made.append(boot(base / f"h{k}", names[k], addresses[k], key, table, shared, cpus))
+            plug_in(made[-1], bridge, cables[k])
         for host in made:
             wait_for_ssh(host)
         yield made
     finally:
         for host in made:
             host.crash()
-        subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
+        for link in (*cables, bridge):  # the kernel keeps cables while a connection lingers
+            subprocess.run(["ip", "link", "delete", link], capture_output=True)
         shutil.rmtree(base, ignore_errors=True)
 
 
@@ -144,7 +160,7 @@ def ip(*command: str) -> None:
     subprocess.run(["ip", *command], check=True)
 
 
-def boot(folder: Path, name: str, address: str, key: Path, table: str) -> Host:
+def boot(folder: Path, name: str, address: str, key: Path, table: str, shared: Path | None, cpus: int) -> Host:
     """Start a host's first process. It waits for its network."""
     etc, home = folder / "etc", folder / "root"
     for path in (etc, home, folder / "tmp"):
@@ -156,7 +172,10 @@ def boot(folder: Path, name: str, address: str, key: Path, table: str) -> Host:
     (etc / "authorized_keys").write_bytes(key.with_suffix(".pub").read_bytes())
     (etc / "sshd_config").write_text(SSHD.format(folder=folder))
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
-    script = BOOT.format(folder=folder, name=name, address=address, shm=SHM, sshd=shutil.which("sshd"))
+    mounts = f"mkdir {SHARED}; mount --bind {shlex.quote(str(shared))} {SHARED}" if shared else ""
+    script = BOOT.format(
+        folder=folder, name=name, address=address, shm=SHM, cpus=cpus, mounts=mounts, sshd=shutil.which("sshd")
+    )
     with open(folder / "boot.log", "w") as log:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "sh", "-c", script],

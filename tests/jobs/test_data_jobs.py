@@ -184,6 +184,7 @@ def test_a_download_that_fails_in_the_background_is_one_error_of_the_stage_that_
     assert code == 1 and "tokenizer: done before" in out
 
 
+@pytest.mark.slow
 def test_the_tokenizer_alone_fetches_only_its_shards(hub, tmp_path):
     flags = ("--no-ray", "--data", "climbmix", "--model-tag", "d1")
     small = ("--depth=1", "--head-dim=16", "--aspect-ratio=32", "--max-seq-len=32", "--num-iterations=2",

@@ -91,6 +91,7 @@ def test_a_second_writer_is_refused_by_name(tiny_run):
     assert code == 1 and "is being written by process" in out
 
 
+@pytest.mark.slow
 def test_one_stage_after_another_is_the_main_job_too(tmp_path, shards):
     flags = ("--no-ray", "--data", str(shards), "--model-tag", "d1")
     small = ("--depth=1", "--head-dim=16", "--aspect-ratio=32", "--max-seq-len=32", "--num-iterations=3",
@@ -184,6 +185,7 @@ def test_a_checkpoint_of_another_architecture_is_named_before_training(tiny_run,
     assert code == 1 and "is of another architecture" in out and "logit_softcap: 30.0 -> 15.0" in out, out
 
 
+@pytest.mark.slow
 def test_going_back_is_done_once(tmp_path, shards):
     flags = ("--no-ray", "--data", str(shards), "--model-tag", "d1")
     assert run(tmp_path, "tok_train.py", *flags, "--vocab-size", "300")[0] == 0

@@ -135,6 +135,7 @@ def test_corrupt_checkpoints_are_passed_over_and_a_new_one_is_not(calm, tmp_path
     assert out.count("step 500: passed over: ") == 1 and "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_a_run_in_object_storage_is_watched_from_any_machine(calm, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(calm[0] / "d1", store / "d1")

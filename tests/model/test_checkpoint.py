@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -228,6 +229,20 @@ def test_a_full_disk_keeps_the_earlier_ones(tmp_path, monkeypatch):
         save(tmp_path, 3, keep_last=1)
     assert error.value.errno == errno.ENOSPC
     assert sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002"]
+
+
+def test_a_write_that_fails_half_way_is_an_os_error(tmp_path):
+    """Of safetensors' own making, whose error is none."""
+    save(tmp_path, 1)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"step 2 not saved, earlier ones are kept.*[Ff]ile too large"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["step_000001"]
 
 
 def test_an_error_keeps_its_kind(tmp_path, monkeypatch):

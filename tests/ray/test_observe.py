@@ -31,6 +31,7 @@ def exported() -> dict[tuple[str, str, str], float]:
     return found
 
 
+@pytest.mark.slow
 def test_what_a_rank_logs_is_exported_with_its_stage_and_run(ray_cluster):
     import ray
 

@@ -154,6 +154,7 @@ def test_what_can_never_fit_is_an_error_with_numbers_not_a_wait():
         wait_for_room(Workers(use_gpu=True), "pretrain", 60, can_grow=False, stopped=lambda: False)
 
 
+@pytest.mark.slow
 def test_waiting_for_room_is_said_and_ends(monkeypatch, caplog):
     from nanochat_ray.train import room
 

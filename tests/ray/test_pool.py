@@ -23,6 +23,7 @@ def spec(tmp_path_factory, shards):
                     manifest=job.manifest)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_killed_is_replaced_and_has_a_readable_name(spec, monkeypatch):
     import ray
 

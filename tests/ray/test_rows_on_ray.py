@@ -103,6 +103,7 @@ def compare(rows: CorpusRows, dealt: list[Iterator[PackedBatch]], cursor: Cursor
             assert_same(got, want)
 
 
+@pytest.mark.slow
 def test_a_killed_packing_process_changes_nothing(rows: CorpusRows) -> None:
     import ray
 
@@ -121,6 +122,7 @@ def test_a_killed_packing_process_changes_nothing(rows: CorpusRows) -> None:
     ray.kill(dealer)
 
 
+@pytest.mark.slow
 def test_the_stream_goes_on_behind_an_execution(rows: CorpusRows) -> None:
     """Ray Data's executions end, also with an item that fills no row; epochs do too."""
     import ray

@@ -20,6 +20,7 @@ def isolated():
     require(sandbox.usable() or "bwrap")
 
 
+@pytest.mark.slow
 def test_results_come_in_order_though_an_actor_is_killed(monkeypatch):
     import ray
 

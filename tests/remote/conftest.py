@@ -29,7 +29,7 @@ def machine(tmp_path, monkeypatch):
     def switch(name: str, same_host: bool = True) -> None:
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
         if not same_host:
-            monkeypatch.setattr(run_dir_module, "_host_identity", lambda: f"{name}|boot|pid")
+            monkeypatch.setattr(run_dir_module, "host_identity", lambda: f"{name}|boot|pid")
 
     switch("here")
     return switch

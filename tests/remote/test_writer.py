@@ -230,6 +230,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_refused_in_time(machine, s3_server):
     """The process ends too, though a request is still open."""
     with socket.socket() as silent:

@@ -132,6 +132,7 @@ def dead_server():
             connection.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_holds_nothing_up(tmp_path, monkeypatch, dead_server):
     from nanochat_ray.report import uploader
 

@@ -1,0 +1,93 @@
+"""The plan in a few lines, before the main job starts, and the reason to refuse what cannot fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat_ray.plan.memory import Memory
+from nanochat_ray.plan.stages import total_s
+from nanochat_ray.plan.text import money, price_per_hour, size, span
+from nanochat_ray.plan.whole import Planner, RunPlan
+
+# torch.compile computes cheap things again instead of keeping them, so a run is refused only where it would not fit
+# with this share of the activations that plain autograd keeps.
+KEPT_AT_LEAST_FRAC = 0.5
+PUBLISHED_SIZE_FRAC = 0.8  # shards may be smaller than the mean
+
+
+@dataclass(frozen=True)
+class LogRun:
+    """A whole run that was measured."""
+
+    seconds: float
+    where: str
+
+
+def short_lines(plan: RunPlan, free_disk_bytes: int | None, measured: LogRun | None = None) -> list[str]:
+    """Five lines: size, memory, speed, time and cost, disk."""
+    t, memory, device = plan.training, plan.own_memory, plan.machines.device
+    known = f" of {size(device.memory_bytes)}" if device.memory_bytes else ""
+    largest = plan.largest_rows[plan.parallel]
+    room = "" if largest is None else f"; the largest device batch size that fits: {largest}"
+    speed = "speed not known here" if plan.tok_per_s is None else (
+        f"{plan.tok_per_s:,.0f} tokens/s, {plan.mfu or 0:.0%} of the peak ({plan.speed.mark}: {plan.speed.source})"
+    )
+    price, source = price_per_hour(plan)
+    seconds = total_s(plan.stages)
+    time = f"{span(seconds)} for all stages (modelled)" if measured is None else (
+        f"about {span(measured.seconds)} for all stages (measured on {measured.where})"
+    )
+    cost = f", {money(price, seconds)} at ${price:,.2f} an hour ({source})" if price is not None and seconds else ""
+    free = "object storage" if free_disk_bytes is None else f"{size(free_disk_bytes)} free"
+    return [
+        f"plan: {t.param_counts['total']:,} parameters, {t.total_tokens:,} tokens in {t.num_iterations:,} steps, "
+        f"{t.total_flops:.3g} FLOPs on {plan.machines.name}",
+        f"  memory: {size(memory.peak)}{known} each with --pretrain.device-batch-size {memory.rows} (modelled){room}",
+        f"  speed: {speed}",
+        f"  time: {time}{cost}",
+        f"  disk: {size(plan.disk.total)}, of it {plan.disk.shards} shards to have; {free}",
+    ]
+
+
+def refusal(planner: Planner, plan: RunPlan, free_disk_bytes: int | None, there_bytes: int = 0) -> str | None:
+    """Why the run cannot work and which flag makes it work; None if it may. `there_bytes` of what it leaves on the
+    disk are there already."""
+    memory_bytes = plan.machines.device.memory_bytes
+    if memory_bytes is not None and least_bytes(plan.own_memory, plan.machines.device.on_cpu) > memory_bytes:
+        return (
+            f"this cannot fit: each rank needs {size(plan.own_memory.peak)} and has {size(memory_bytes)} "
+            f"({plan.machines.name}). {_what_fits(planner, plan, memory_bytes)}"
+        )
+    needed = plan.disk.data * PUBLISHED_SIZE_FRAC + plan.disk.checkpoints
+    if free_disk_bytes is not None and needed > free_disk_bytes + there_bytes:
+        keep = " --keep-checkpoints 1 takes less," if plan.settings.run.keep_checkpoints > 1 else ""
+        return (
+            f"the disk is too small: about {size(plan.disk.total)} are needed ({size(plan.disk.data)} of data, "
+            f"{size(plan.disk.checkpoints)} of checkpoints), {size(free_disk_bytes)} are free.{keep} --storage names "
+            "another folder or object storage"
+        )
+    return None
+
+
+def least_bytes(memory: Memory, on_cpu: bool) -> int:
+    """What a rank needs in any case. On a CPU nothing is compiled, so that is the plan's own figure."""
+    if on_cpu:
+        return memory.peak
+    held = memory.state.weights + memory.state.optimizer
+    return held + max(memory.state.gradients, int(KEPT_AT_LEAST_FRAC * memory.step.activations))
+
+
+def _what_fits(planner: Planner, plan: RunPlan, memory_bytes: int) -> str:
+    on_cpu = plan.machines.device.on_cpu
+    rows = plan.largest_rows[plan.parallel]
+    if rows:
+        return f"--pretrain.device-batch-size {rows} fits"
+    for name, most in plan.largest_rows.items():
+        if most and not on_cpu:
+            return f"--parallel {name} --pretrain.device-batch-size {most} fits"
+    for depth in range(plan.training.config.n_layer - 1, 0, -1):
+        smaller = plan.settings.pretrain.model_copy(update={"depth": depth})
+        most = planner.memory(smaller, plan.training.config.vocab_size).largest_rows(plan.parallel, memory_bytes)
+        if most:
+            return f"--pretrain.depth {depth} --pretrain.device-batch-size {most} fits"
+    return "Take a machine with more memory"
