@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Settings)
 
 # Flags that a nanochat or torchrun command line has and that mean nothing here: flag -> why, and what to do.
 REFUSED = {
-    "hf-path": "only models trained here are evaluated; leave it out",
+    "hf-path": "base_eval.py takes it",
     "dry-run": "every stage keeps what it did; give another --model-tag for a trial",
     "num-files": "what the training horizon needs is fetched; --max-shards is a limit (download.py takes it)",
     "num-workers": "training ranks are --workers (download.py takes it)",

@@ -73,6 +73,8 @@ def plain_modules() -> list[str]:
     found = []
     for room in sorted(rooms() - RAY_ROOMS - {"__init__"}):
         for path in files(room):
+            if "hf_folder" in path.parts:  # goes into exported folders, where Transformers imports it
+                continue
             module = ".".join(("nanochat_ray", *path.relative_to(PACKAGE).with_suffix("").parts))
             found.append(module.removesuffix(".__init__"))
     return found
@@ -119,10 +121,16 @@ def test_only_jobs_join_or_start_a_cluster():
 
 def test_nothing_loads_pickles_or_evaluates_text():
     inside = PACKAGE / "sandbox" / "inside.py"  # which runs a program where it can do no harm
+    reader = PACKAGE / "interchange" / "nanochat_tensors.py"  # of nanochat's own files, tensors only
     for path in set(PACKAGE.rglob("*.py")) - {inside}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                if path == reader and called == "torch.load":
+                    assert [ast.unparse(word) for word in node.keywords if word.arg == "weights_only"] == [
+                        "weights_only=True"
+                    ]
+                    continue
                 assert called not in {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}, path
 
 
