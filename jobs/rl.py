@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from _runtime import Job, available_cpus, main, open_job
 
 from nanochat_ray.config import PretrainSettings, RLSettings, RunSettings
 from nanochat_ray.flags import Section, read_flags
 from nanochat_ray.run_dir import CONFIG_FILE, existing_run, read_json
-
-if TYPE_CHECKING:
-    from nanochat_ray.stages.rl import RLJob
 
 logger = logging.getLogger("nanochat_ray")
 
@@ -25,6 +21,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     """
     from _train import Feed, other_optimizer, train
 
+    from nanochat_ray.stages.rl import RLJob
     from nanochat_ray.stages.rl_desk import steps_of
     from nanochat_ray.stages.rollout_log import log_sha256
     from nanochat_ray.tasks.rl_task import rl_task_of
@@ -44,7 +41,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
         logger.info("rl: left out: %s", error)
         return False
     pretrained = read_json(job.run_dir.stage("pretrain") / CONFIG_FILE)["settings"]
-    stage = stage_class(settings)(
+    stage = RLJob(
         settings, job.run_dir.stage("rl"), tokenizer_folder, job.run_dir.checkpoints("sft"),
         PretrainSettings.model_validate(pretrained), task, job.settings.dtype, job.settings.parallel,
     )
@@ -63,17 +60,6 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
         notes.metrics |= result["metrics"]
         notes.hashes |= hashes
     return True
-
-
-def stage_class(settings: RLSettings) -> type[RLJob]:
-    """The stage by what samples for it."""
-    if settings.rollout_engine == "vllm" and not settings.replay:
-        from nanochat_ray.rollout.vllm import VllmRLJob
-
-        return VllmRLJob
-    from nanochat_ray.stages.rl import RLJob
-
-    return RLJob
 
 
 def check_engine(run: RunSettings, settings: RLSettings) -> None:

@@ -52,6 +52,8 @@ class Body(GPT):
 class PagedAttention(nn.Module):
     """One attention layer of vLLM, for heads of any size: they are filled up with zeros, which changes no score."""
 
+    attention: Any
+
     def __init__(self, config: ModelConfig, window: int, vllm_config: VllmConfig, name: str) -> None:
         """`window` counts the own position too; 0 is no window."""
         from vllm.model_executor.layers.attention import Attention
@@ -126,12 +128,11 @@ class NanochatRayForCausalLM(nn.Module):
         _set_dtypes(self.gpt, dtype)
         # Ours counts the positions before the own one, vLLM's the own one too. A window that holds everything is none.
         windows = [0 if left + 1 >= length else left + 1 for left in self.gpt.windows()]
-        self.attention = nn.ModuleList(
-            PagedAttention(config, window, vllm_config, f"layers.{layer}.attn") for layer, window in enumerate(windows)
-        )
+        layers = [PagedAttention(config, window, vllm_config, f"layers.{k}.attn") for k, window in enumerate(windows)]
+        self.attention = nn.ModuleList(layers)
         self.smear = PreviousToken(config, vllm_config, f"layers.{config.n_layer}.smear")
         if self.smear.attention.attn_backend.get_name() in WINDOWS_BY_LAYER:
-            self.smear.attention.get_kv_cache_spec = self.attention[-1].attention.get_kv_cache_spec
+            self.smear.attention.get_kv_cache_spec = layers[-1].attention.get_kv_cache_spec
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.gpt.embed(input_ids)

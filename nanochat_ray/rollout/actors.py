@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 
 from nanochat_ray.messages import PassedOn, Rollout, RolloutUnit
-from nanochat_ray.rollout.vllm import VllmSampler, VllmSpec
+from nanochat_ray.rollout.vllm import VllmSampler
 from nanochat_ray.stages.rollouts import RolloutSpec, UnitSampler
 
 
@@ -38,7 +38,7 @@ class RolloutActor:
 
     def load(self) -> None:
         """Build the engine; not in the constructor, so that what this raises reaches the caller as it is."""
-        self.sampler = VllmSampler(self.spec) if isinstance(self.spec, VllmSpec) else UnitSampler(self.spec)
+        self.sampler = VllmSampler(self.spec) if self.spec.engine == "vllm" else UnitSampler(self.spec)
 
     def sample(self, unit: RolloutUnit, weights: list[ray.ObjectRef]) -> tuple[list[list[Rollout]], Sampled]:
         """The completions of the unit's prompts. `weights` holds the reference of the unit's version.

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,25 +15,10 @@ from nanochat_ray.messages import Rollout, RolloutUnit
 from nanochat_ray.model.flat_weights import FlatWeights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import pick_dtype, prepare_device
-from nanochat_ray.stages.rl import RLJob
 from nanochat_ray.stages.rollouts import CHUNK_TOKENS, RolloutSpec
 from nanochat_ray.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class VllmSpec(RolloutSpec):
-    """What a process needs to sample with vLLM."""
-
-
-@dataclass(frozen=True)
-class VllmRLJob(RLJob):
-    """An RL stage whose rollouts vLLM samples. What trains is the same."""
-
-    def rollout_spec(self, device: str) -> RolloutSpec:
-        spec = super().rollout_spec(device)
-        return VllmSpec(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
 
 
 class VllmSampler:

@@ -78,6 +78,7 @@ class RLJob:
         return RolloutSpec(
             f"{self.stage_folder.parent.name} {self.stage_folder.name}", self.task, self.tokenizer_folder, config,
             device, self.dtype, min(s.max_rows, rows), plan.longest(), s.rollout_threads,
+            s.rollout_engine,
         )
 
 

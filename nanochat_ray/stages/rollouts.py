@@ -44,6 +44,7 @@ class RolloutSpec:
     max_rows: int = 64
     max_len: int = 2048  # positions of the longest prompt with its completion
     threads: int = 1  # of a CPU
+    engine: str = "own"  # or "vllm", in actors only
 
 
 class RolloutSource(Protocol):

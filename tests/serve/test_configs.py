@@ -50,8 +50,8 @@ def with_comments_live(text: str) -> str:
     )
 
 
-def test_there_are_three():
-    assert [path.name for path in FILES] == ["chat.yaml", "chat_cpu.yaml", "chat_models.yaml"]
+def test_there_are_four():
+    assert [path.name for path in FILES] == ["chat.yaml", "chat_cpu.yaml", "chat_models.yaml", "chat_vllm.yaml"]
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["as it is", "with its examples"])

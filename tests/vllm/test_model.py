@@ -3,6 +3,10 @@ chunks, shared beginnings, more requests than rows, too little memory, windows t
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,3 +205,37 @@ def test_weights_do_not_change_below_a_request(start_llm: Callable[..., Any], tm
     tokens = list(outputs[0].outputs[0].token_ids)
     assert follow(old, [prompt], [tokens]) > 0 > follow(new, [prompt], [tokens])
     assert load_weights(engine, flatten(new, 1)) == 1
+
+
+IN_PROCESSES = """
+import json, sys
+
+def main():
+    from vllm import LLM, SamplingParams
+    from nanochat_ray.interchange.vllm_plugin import engine_args, load_weights
+    from pathlib import Path
+    llm = LLM(**engine_args(Path(sys.argv[1]), kv_bytes=16 << 20))
+    asked = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+    tokens = list(llm.generate([{"prompt_token_ids": [1, 2, 3]}], asked, use_tqdm=False)[0].outputs[0].token_ids)
+    try:
+        load_weights(llm, None)
+    except RuntimeError as error:
+        Path(sys.argv[2]).write_text(json.dumps([tokens, str(error)]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_vllm_in_processes_of_its_own(tmp_path: Path) -> None:
+    """Which is what it does unless it is told otherwise; there weights cannot be handed over, and that is said."""
+    model, out = random_model("groups"), tmp_path / "out.json"
+    script = tmp_path / "script.py"
+    script.write_text(IN_PROCESSES)
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, script, export_for_vllm(model, tmp_path / "folder"), out]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert out.exists(), done.stderr[-3000:]
+    tokens, refusal = json.loads(out.read_text())
+    assert follow(model, [[1, 2, 3]], [tokens]) > 0
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING=0" in refusal
