@@ -18,7 +18,7 @@ from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.evals.hf import HFSpec
 from nanochat_ray.interchange.hf_model import HFSource, find_source, read_lengths
 from nanochat_ray.metrics.core_bundle import load_bundle
-from nanochat_ray.run_dir import DATA_FILE, RunDir, default_storage, existing_run, read_json
+from nanochat_ray.run_dir import DATA_FILE, RunDir, existing_run, read_json, shown, storage_path
 
 FOLDER = "hf"
 DTYPE = "float32"  # whatever the hardware: numbers of models of others are compared with published ones
@@ -98,5 +98,5 @@ def text_of(settings: RunSettings, job: Job) -> DataManifest:
 
 def beside_runs(storage: str | None) -> str:
     """The storage of these results: a folder in that of the runs, none of whose own folders is taken for a run."""
-    base, question, options = (storage or str(default_storage())).partition("?")
+    base, question, options = shown(storage_path(storage)).partition("?")
     return f"{base.rstrip('/')}/{FOLDER}{question}{options}"
