@@ -200,8 +200,9 @@ def load_weights(engine: Workers, weights: FlatWeights) -> int:
     """
     from vllm.v1.engine.core_client import InprocClient
 
-    if not isinstance(getattr(engine, "llm_engine", engine).engine_core, InprocClient):
-        raise RuntimeError("vLLM runs in processes of its own; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is started")
+    inner: Any = getattr(engine, "llm_engine", engine)
+    if not isinstance(inner.engine_core, InprocClient):
+        raise RuntimeError("vLLM runs in processes of its own; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before it starts")
     if not engine.reset_prefix_cache():
         raise RuntimeError(f"weights of version {weights.version} not loaded: let the requests in flight end first")
     return engine.collective_rpc("receive_weights", args=(weights,))[0]
