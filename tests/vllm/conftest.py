@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +11,14 @@ import pytest
 
 # In this process, so that its errors are the tests' and new weights are read as they lie.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip by name without vLLM; with NANOCHAT_RAY_NEED_VLLM=1 fail instead."""
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        if os.environ.get("NANOCHAT_RAY_NEED_VLLM") == "1":
+            pytest.fail("vLLM is not installed here: tests/vllm/environment.sh makes an environment that has it")
+        pytest.skip("vLLM is not installed here")
 
 
 @pytest.fixture(scope="module")
