@@ -31,7 +31,8 @@ unset OMP_NUM_THREADS
 
 # Names that another job's Ray on the same node does not use. `ray symmetric-run` would end that one too: it stops all Ray
 # processes of the user on a node.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 10000))
 common=(--num-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
         --temp-dir="/tmp/ray-$SLURM_JOB_ID" --dashboard-agent-listen-port=0 --block)

@@ -96,6 +96,7 @@ class Job:
     resources: contextlib.ExitStack  # closed when the job ends
     beside: int = 1  # Ray actors beside training workers and packing that a private cluster must have room for
     stop: threading.Event = field(default_factory=threading.Event)
+    noted: BaseException | None = None  # the error that stands among a stage's failures already
     _has_ray: bool = False
 
     def use_ray(self) -> bool:
@@ -142,6 +143,7 @@ class Job:
                 self.lease.check()
                 if isinstance(error, Exception) and not isinstance(error, Stopped):
                     note_failure(folder, error, self.lease.epoch, final=True)
+                    self.noted = error
                 write_result(folder, record())
                 push_records(folder)
             raise
@@ -230,7 +232,15 @@ def open_job(settings: RunSettings, model_tag: str, beside: int = 1) -> Iterator
         device = pick_device(settings.device_type)
     with take(run_dir) as lease, contextlib.ExitStack() as stack:
         threads = max(1, available_cpus() // settings.worker_range[1])
-        yield Job(settings, run_dir, lease, device, threads, stack, beside)
+        job = Job(settings, run_dir, lease, device, threads, stack, beside)
+        try:
+            yield job
+        except Exception as error:  # a download, a cluster that cannot be joined: what no stage has noted
+            if error is not job.noted and not isinstance(error, Stopped):
+                with contextlib.suppress(OSError, StaleWriterError):
+                    lease.check()
+                    note_failure(run_dir.root, error, lease.epoch, final=True)
+            raise
 
 
 def take(run_dir: RunDir) -> Lease:

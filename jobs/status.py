@@ -79,7 +79,12 @@ def follow(run: RunDir, args: argparse.Namespace) -> RunStatus:
         going_on = args.watch is not None and status.state == "running"
         show(status, args.json, clear)
         if args.html is not None:
-            write_page(Path(args.html).expanduser(), status, run, args.watch if going_on else None)
+            try:
+                write_page(Path(args.html).expanduser(), status, run, args.watch if going_on else None)
+            except OSError as error:
+                if not going_on:
+                    raise
+                print(error, file=sys.stderr, flush=True)
         if not going_on:
             return status
         time.sleep(args.watch)
@@ -95,8 +100,8 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")
     parser.add_argument("--html", metavar="FILE", help="also write one page with the curves, good without a network")
     parser.add_argument("--watch", metavar="SECONDS", nargs="?", type=float, const=WATCH_S,
-                        help=f"look again every so many seconds ({WATCH_S:g}) while a job is at work; the page of "
-                             "--html is written anew and loads itself again")
+                        help=f"look again every so many seconds ({WATCH_S:g}) while a job is at work, so begin the "
+                             "job first; the page of --html is written anew and loads itself again")
     args = parser.parse_args()
     if args.run is not None and args.model_tag not in (None, args.run):
         parser.error(f"RUN {args.run} and --model-tag {args.model_tag}: one run can be looked at")

@@ -101,8 +101,8 @@ def read_status(run: RunDir) -> RunStatus:
     stages = [_stage(run, name, now_s, problems) for name in STAGES]
     holder = _holder(run.root, now_s, problems)
     under_way = [stage.name for stage in stages if stage.state == "begun"]
-    failures = sorted((failure for stage in stages for failure in stage.failures), key=lambda failure: failure.at_s)
-    last = failures[-1] if failures else None
+    failures = [*read_failures(run.root), *(failure for stage in stages for failure in stage.failures)]
+    last = max(failures, key=lambda failure: failure.at_s, default=None)
     return RunStatus(
         run.root.name, run_dir.shown(run.root), _state(stages, holder, last), under_way[-1] if under_way else None,
         holder, stages, last, _folder_bytes(run.root), _free_bytes(run.root), now_s, problems,
@@ -119,14 +119,14 @@ def curves(run: RunDir, stage: str) -> list[dict[str, Any]]:
 def _state(stages: Sequence[StageStatus], holder: Holder | None, last: Failure | None) -> RunState:
     if holder is not None and holder.alive:
         return "running"
+    if last is not None and last.final and (holder is None or last.epoch >= holder.epoch):
+        return "failed"
+    if holder is not None and not holder.released:
+        return "died"
     states = {stage.state for stage in stages}
     if states == {"waiting"}:
         return "empty"
-    if last is not None and last.final and (holder is None or last.epoch >= holder.epoch):
-        return "failed"
-    if "begun" not in states:
-        return "done"
-    return "stopped" if holder is None or holder.released else "died"
+    return "stopped" if "begun" in states else "done"
 
 
 def _holder(root: Path, now_s: float, problems: list[str]) -> Holder | None:

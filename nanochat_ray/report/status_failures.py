@@ -1,4 +1,7 @@
-"""failures.jsonl of a stage: what went wrong and when, written by the job's driver, read by `jobs/status.py`."""
+"""failures.jsonl of a stage: what went wrong and when, written by the job's driver, read by `jobs/status.py`.
+
+What ended a job between two stages stands in the file of the run's own folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ MAX_CHARS = 2000
 class Failure:
     """One thing that went wrong in a stage."""
 
-    stage: str
+    stage: str  # or the run, for what went wrong outside of its stages
     at_s: float  # seconds since 1970
     error: str
     epoch: int  # of the lease whose holder met it

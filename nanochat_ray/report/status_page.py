@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from html import escape
@@ -76,8 +77,16 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_page(path: Path, status: RunStatus, run: RunDir, reload_s: float | None) -> None:
-    """Write the page, whole or not at all. With `reload_s` it loads itself again. Raises OSError."""
-    write_atomic(path, page(status, run, reload_s))
+    """Write the page, whole or not at all. With `reload_s` it loads itself again.
+
+    A link stays one. OSError that names the page; ValueError for a device, a pipe or a folder, which stay as they are.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is there and is no ordinary file, so no page is written to it; name another one")
+    try:
+        write_atomic(Path(os.path.realpath(path)), page(status, run, reload_s))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the page {path}: {error.strerror}") from error
 
 
 def page(status: RunStatus, run: RunDir, reload_s: float | None = None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_ray.config import RunSettings
 from nanochat_ray.report.status_failures import note_failure
 from nanochat_ray.run_dir import Lease, RunDir
 from tests.jobs.running import JOBS, environment
@@ -93,6 +96,54 @@ def test_a_page_that_cannot_be_written(status, storage):
     (storage / "file").touch()
     code, said = status("half", "--html", str(storage / "file" / "page.html"))
     assert code == 1 and "error:" in said
+
+
+def test_only_ordinary_files_become_pages(status, storage):
+    fifo, folder, link, target = (storage / name for name in ("fifo", "folder", "link", "target"))
+    os.mkfifo(fifo)
+    folder.mkdir()
+    link.symlink_to(target)
+    for path in (fifo, folder):
+        code, said = status("whole", "--html", str(path))
+        assert code == 1 and f"{path} is there and is no ordinary file" in said
+    assert fifo.is_fifo() and folder.is_dir()
+    assert status("whole", "--html", str(link))[0] == 0
+    assert link.is_symlink() and target.read_text().endswith("</html>\n")
+
+
+def test_a_page_that_cannot_be_written_ends_no_watch(status, storage, monkeypatch):
+    """The disk is full at the first look, and the job is gone at the second."""
+    lease, page = Lease.acquire(storage / "half"), storage / "page.html"
+
+    def write(path: Path, data: str) -> None:
+        lease.release()
+        monkeypatch.undo()
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(storage))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nanochat_ray.report.status_page.write_atomic", write)
+    code, said = status("half", "--watch", "0.1", "--html", str(page))
+    assert code == 3 and f"cannot write the page {page}: No space left" in said and page.exists()
+
+
+@pytest.mark.parametrize("where", ["between", "in a stage", "stopped"])
+def test_what_ends_a_job_outside_of_its_stages_is_noted_once(status, storage, where):
+    from _runtime import Stopped, open_job
+
+    error = Stopped("asked for") if where == "stopped" else ConnectionError("the hub is away")
+    with pytest.raises(type(error)), open_job(RunSettings(storage=str(storage), device_type="cpu"), "whole") as job:
+        with job.stage("pretrain", {}) if where == "in a stage" else contextlib.nullcontext():
+            raise error
+    code, said = status("whole")
+    if where == "stopped":
+        assert code == 0 and "last error" not in said
+        return
+    of = "pretrain" if where == "in a stage" else "whole"
+    assert code == 3 and "whole: failed" in said and f"last error: {of}, " in said and "the hub is away" in said
+    assert len(list((storage / "whole").rglob("failures.jsonl"))) == 1
+    with open_job(RunSettings(storage=str(storage), device_type="cpu"), "whole"):
+        pass
+    assert "whole: failed" not in status("whole")[1]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "null"])

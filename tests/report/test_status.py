@@ -116,10 +116,13 @@ def test_states(run):
     assert read_status(run).state == "empty"
     finish(run, "tokenizer")
     assert read_status(run).state == "done" and read_status(run).stage is None
-    folder = begin(run, "pretrain")
-    assert read_status(run).state == "stopped" and read_status(run).stage == "pretrain"
     held = json.loads((run.root / "lease.json").read_text())
     gone = held | {"released": False, "pid": 2**22 + 1}  # larger than any process' id
+    write_json(run.root / "lease.json", gone)  # killed between two stages
+    assert read_status(run).state == "died"
+    write_json(run.root / "lease.json", held)
+    folder = begin(run, "pretrain")
+    assert read_status(run).state == "stopped" and read_status(run).stage == "pretrain"
     write_json(run.root / "lease.json", gone)
     status = read_status(run)
     assert status.state == "died" and not status.holder.alive and "is gone without" in status_text(status)
