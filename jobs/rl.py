@@ -5,13 +5,19 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from _runtime import Job, available_cpus, main, open_job
+from _runtime import Job, available_cpus, find_machine, main, open_job
 
 from nanochat_ray.config import PretrainSettings, RLSettings, RunSettings
 from nanochat_ray.flags import Section, read_flags
+from nanochat_ray.presets import Machine
 from nanochat_ray.run_dir import CONFIG_FILE, existing_run, read_json
 
 logger = logging.getLogger("nanochat_ray")
+
+NO_GPU_BESIDE = (
+    "rollout_engine vllm: it samples on rollout workers, and there is no GPU beside those of the training workers; "
+    "give --workers fewer of them, or --rollout-engine own"
+)
 
 
 def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: bool = False) -> bool:
@@ -21,6 +27,7 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
     """
     from _train import Feed, other_optimizer, train
 
+    from nanochat_ray.interchange.vllm_plugin import installed
     from nanochat_ray.stages.rl import RLJob
     from nanochat_ray.stages.rl_desk import steps_of
     from nanochat_ray.stages.rollout_log import log_sha256
@@ -52,18 +59,21 @@ def run(job: Job, settings: RLSettings, world_folder: Path | None, optional: boo
         config["replay"] = log_sha256(Path(settings.replay))
     elif settings.rollout_engine != "own":  # not in the settings' identity, which runs have that are older
         config["rollout_engine"] = settings.rollout_engine
+        config["rollout_engine_version"] = installed()[1]
+    # Before the stage, since what this refuses is no failure of it.
+    workers = 0 if job.run_dir.is_done("rl") else rollout_workers(job, settings)
     with job.stage("rl", config | other_optimizer(job.settings.parallel)) as notes:
         if notes is None:
             return True
         n_steps = steps_of(settings, len(task.open().prompts("train")))
-        result = train(job, stage, Feed(rollout_workers=rollout_workers(job, settings)), n_steps)
+        result = train(job, stage, Feed(rollout_workers=workers), n_steps)
         notes.metrics |= result["metrics"]
         notes.hashes |= hashes
     return True
 
 
-def check_engine(run: RunSettings, settings: RLSettings) -> None:
-    """ValueError, before anything is started, if vLLM should sample and cannot."""
+def check_engine(run: RunSettings, settings: RLSettings, machine: Machine | None = None) -> None:
+    """ValueError, before anything is started, if vLLM should sample and cannot. `machine` is looked up if unset."""
     if settings.rollout_engine == "own" or settings.replay:
         return
     from nanochat_ray.interchange.vllm_plugin import check_vllm
@@ -73,7 +83,14 @@ def check_engine(run: RunSettings, settings: RLSettings) -> None:
             "rollout_engine vllm: it samples on rollout workers, since it gives neither memory nor threads back to "
             "training; leave --no-ray out and give --rollout-workers 1 or more, or --rollout-engine own"
         )
-    check_vllm()
+    machine = machine or find_machine()
+    # Where a cluster has no GPU, some may still come when they are asked for.
+    unknown = machine.gpus == 0 and machine.where == "in the cluster"
+    device = run.device_type or ("cuda" if machine.gpus else "cpu")
+    beside = machine.gpus - run.worker_range[1]
+    if device == "cuda" and settings.rollout_workers is None and beside < 1 and not unknown:
+        raise ValueError(NO_GPU_BESIDE)
+    check_vllm(None if unknown else device)
 
 
 def actors_beside(settings: RLSettings) -> int:
@@ -91,10 +108,7 @@ def rollout_workers(job: Job, settings: RLSettings) -> int:
 
         count = max(0, int(ray.cluster_resources().get("GPU", 0)) - job.settings.worker_range[1])
     if settings.rollout_engine == "vllm" and not count and not settings.replay:
-        raise ValueError(
-            "rollout_engine vllm: it samples on rollout workers, and there is no GPU beside those of the training "
-            "workers; give --workers fewer of them, or --rollout-engine own"
-        )
+        raise ValueError(NO_GPU_BESIDE)
     if settings.async_steps and not count and not settings.replay:
         why = "there is no GPU beside theirs" if job.settings.ray else "without Ray there are no others"
         raise ValueError(

@@ -70,7 +70,7 @@ def speedrun(settings: SpeedrunSettings, machine: Machine) -> None:
     from nanochat_ray.model.scaling import plan_training
 
     pretrain.refuse_early(settings.run, settings.pretrain)
-    rl.check_engine(settings.run, settings.rl)
+    rl.check_engine(settings.run, settings.rl, machine)
     announce(settings, machine)
     plan = plan_training(settings.pretrain, settings.tokenizer.vocab_size)
     tag = settings.run.model_tag or f"d{settings.pretrain.depth}"

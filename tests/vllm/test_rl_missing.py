@@ -7,8 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rl
 from pydantic import ValidationError
 
+from nanochat_ray.config import RLSettings, RunSettings
+from nanochat_ray.interchange import vllm_plugin
+from nanochat_ray.presets import Machine
+from nanochat_ray.rollout import vllm
 from nanochat_ray.serve.app_settings import ServeSettings
 from tests.jobs.rl_run import prepare
 from tests.jobs.test_rl_job import flags, inside
@@ -59,14 +64,40 @@ def test_what_vllm_cannot_serve_is_refused(args, said):
         ServeSettings.model_validate({"engine": "vllm"} | args)
 
 
-def test_an_actor_whose_vllm_failed_ends(monkeypatch):
-    """The pool then starts another one; in the same process there is no new engine."""
-    from nanochat_ray.rollout import vllm
+@pytest.mark.parametrize(
+    ("machine", "rollout_workers", "refused"),
+    [
+        (Machine(2, "H100"), None, True),
+        (Machine(3, "H100"), None, False),
+        (Machine(2, "H100"), 1, False),
+        (Machine(0, where="in the cluster"), None, False),
+        (Machine(0), None, False),
+    ],
+)
+def test_no_gpu_beside_training_is_said_before_training(monkeypatch, machine, rollout_workers, refused):
+    devices: list[str | None] = []
+    monkeypatch.setattr(vllm_plugin, "check_vllm", devices.append)
+    asked = RunSettings(workers="1:2"), RLSettings(rollout_engine="vllm", rollout_workers=rollout_workers), machine
+    if refused:
+        with pytest.raises(ValueError, match="no GPU beside"):
+            rl.check_engine(*asked)
+    else:
+        rl.check_engine(*asked)
+        unknown = machine.where == "in the cluster"
+        assert devices == [None if unknown else "cuda" if machine.gpus else "cpu"]
 
-    ended: list[int] = []
-    monkeypatch.setattr(vllm.os, "_exit", ended.append)
+
+def test_why_vllm_failed_reaches_the_pool():
+    """As an error that is no ValueError, after which the pool takes another actor."""
     sampler = object.__new__(vllm.VllmSampler)
-    for failed in (False, True):
-        sampler.engine = SimpleNamespace(failed=failed)
-        sampler.rest()
-        assert ended == [1] * failed
+    engine = sampler.engine = SimpleNamespace(failed=False, forget=lambda: None)  # type: ignore[assignment]
+    sampler.version = 1
+
+    def rollouts(*_) -> None:
+        engine.failed = True
+        raise ValueError("no memory for\na page")
+
+    engine.rollouts = rollouts
+    unit = SimpleNamespace(version=1, prompts=(), params=None)
+    with pytest.raises(RuntimeError, match="vLLM failed: ValueError: no memory"):
+        sampler.sample(unit)  # type: ignore[arg-type]
