@@ -22,7 +22,8 @@ FOLDER_OF_SOURCE = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "r
 MID_FOLDER = "mid_checkpoints"  # of a stage that nanochat had in 2025, between base and SFT
 TOKENIZER_FOLDER = "tokenizer"
 MAX_META_BYTES = 16 << 20
-_MODEL_FILE = re.compile(r"model_(\d+)\.pt")
+MAX_META_DEPTH = 50
+_MODEL_FILE = re.compile(r"model_(\d{1,18})\.pt")
 _DEPTH_TAG = re.compile(r"d(\d+)")
 
 
@@ -46,6 +47,8 @@ class Found:
             meta = json.loads(self.meta.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.meta} is not JSON: {error}") from None
+        if _is_deeper(meta, MAX_META_DEPTH):
+            raise ValueError(f"{self.meta} is nested deeper than {MAX_META_DEPTH} levels")
         if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
             raise ValueError(f"{self.meta} has no model_config, so the network's size is unknown")
         return meta
@@ -133,8 +136,23 @@ def _pick(folder: Path, source: str, step: int | None) -> Found | None:
 
 
 def _steps(folder: Path) -> dict[int, str]:
-    """The steps that have a model file, and its name. Compared as numbers: names do not sort beyond six digits."""
-    return {int(match[1]): path.name for path in folder.iterdir() if (match := _MODEL_FILE.fullmatch(path.name))}
+    """The steps that have a model file, and its name. Compared as numbers: names do not sort beyond six digits.
+
+    ValueError for two files of one step.
+    """
+    found: dict[int, str] = {}
+    for path in sorted(folder.iterdir()):
+        if (match := _MODEL_FILE.fullmatch(path.name)) and path.is_file():
+            before = found.setdefault(int(match[1]), path.name)
+            if before != path.name:
+                raise ValueError(f"{folder} has {before} and {path.name}, both of step {int(match[1])}; take one away")
+    return found
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and dicts are nested deeper than so; what copies a value calls itself for each level."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(item, levels - 1) for item in items)
 
 
 def _largest_tag(places: list[Path]) -> str | None:

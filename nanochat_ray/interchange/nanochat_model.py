@@ -28,6 +28,7 @@ from nanochat_ray.model.gpt import GPT
 
 CONFIG_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 CONSTANTS = tuple(name for name in ModelConfig.model_fields if name not in CONFIG_KEYS)
+GIVEN_CONSTANTS = tuple(name for name in CONSTANTS if name not in ("vocab_pad_multiple", "arch_version"))  # not told
 COMPILED_PREFIX = "_orig_mod."
 ROTARY_TABLES = ("cos", "sin")
 AT_MOST = {"n_layer": 1024, "n_embd": 1 << 17, "vocab_size": 1 << 21, "sequence_len": 1 << 21}

@@ -139,6 +139,8 @@ class _Machine:
     def _name_class(self, argument: str | None) -> None:
         if argument is None:  # STACK_GLOBAL: module and name lie on the stack
             name, module = self._pop(), self._pop()
+            if type(module) is not str or type(name) is not str:  # the text of a dict could be of any length
+                raise ValueError("a class whose name is no text")
             argument = f"{module} {name}"
         if argument != ENCODING_CLASS:
             raise ValueError(f"it names {argument!r}; a tokenizer names {ENCODING_CLASS!r} only")

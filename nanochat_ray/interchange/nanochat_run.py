@@ -16,6 +16,7 @@ OURS = "nanochat_ray"  # key of a meta file for what nanochat has no place for a
 IMPORTED = "imported"  # key of our records for what came with the files
 KNOWN_FROM = "known_from"  # in a config.json of pretraining: of which other source its settings were told
 BASE_ONLY = ("device_batch_size", "max_seq_len", "total_batch_size")
+MOST = 1 << 62  # of a whole number
 
 
 def constants_in(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def pretrain_settings(
         "window_pattern": config.window_pattern,
     }
     values = {key: None if value == -1 else value for key, value in plain(values).items()}
-    notes: list[str] = []
+    notes = [f"{key} of the meta file is left out: more than {MOST:,}" for key, value in values.items() if _huge(value)]
+    values = {key: value for key, value in values.items() if not _huge(value)}
     while True:
         try:
             return PretrainSettings.model_validate({k: v for k, v in values.items() if v is not None}), notes
@@ -57,6 +59,10 @@ def pretrain_settings(
             if wrong not in values:
                 raise ValueError(f"no settings of pretraining can be made of its meta file: {problem['msg']}") from None
             notes.append(f"{wrong} {str(values.pop(wrong))[:80]} of the meta file is left out: {problem['msg']}")
+
+
+def _huge(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > MOST
 
 
 def checkpoint_meta(

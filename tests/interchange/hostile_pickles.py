@@ -93,6 +93,9 @@ def calling() -> dict[str, bytes]:
 def greedy() -> dict[str, bytes]:
     """That would need much memory or time."""
     laughs = b"\x80\x04" + b"".join(b"(" + b"h\x00" * 10 + b"t\x94" for _ in range(30))
+    twice = b"}\x94" + b"".join(  # each dict has the one before it twice
+        b"}\x94(" + _text("a") + b"h" + bytes([k]) + _text("b") + b"h" + bytes([k]) + b"u" for k in range(60)
+    )
     return {
         "text of 4 GB": in_tokenizer(b"X\xff\xff\xff\xff"),
         "text of 2^63 bytes": in_tokenizer(b"\x8d" + struct.pack("<Q", 1 << 63)),
@@ -104,6 +107,9 @@ def greedy() -> dict[str, bytes]:
         "a frame of 2^60 bytes": b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"}.",
         "a note far away": b"}r\xff\xff\xff\xff0.",
         "notes of notes": b"\x80\x04}\x94" + laughs[2:] + b".",
+        "a class named by dicts of dicts": b"\x80\x04" + twice + _text("x") + b"\x93.",
+        "a class named by a deep dict": b"\x80\x04" + (b"}" + _text("a")) * 5_000 + b"}" + b"s" * 5_000 + _text("x")
+                                        + b"\x93.",
         "a dict in itself": in_tokenizer(b"}\x94" + _text("x") + b"h\x00s"),
         "nested deep": b"\x80\x04" + b"}" * 100_000 + b".",
         "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",

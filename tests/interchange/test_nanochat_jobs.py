@@ -118,7 +118,7 @@ def test_constants_come_back_too(tmp_path, importing, exporting, caplog):
     importing(tmp_path / "out", "--model-tag", "again")
     config = weights(RunDir(tmp_path / "runs" / "again")).model_config
     assert (config.rope_base, config.qk_scale) == (10_000, 1)
-    for wrong in ("rope=1", "rope_base", "rope_base=x"):
+    for wrong in ("rope=1", "rope_base", "rope_base=x", "vocab_pad_multiple=64", "arch_version=1"):
         with pytest.raises(ValueError, match="--constants"):
             importing(base, "--constants", wrong)
 
@@ -150,13 +150,15 @@ def test_nothing_is_begun_with_a_bad_file(base, importing, tmp_path):
     write_model(base, "base", "d4", 20, golden_state("c") | {"extra": torch.zeros(1)}, golden_config("c"))
     with pytest.raises(ValueError, match=r"model_000020\.pt.*extra"):
         importing(base)
-    assert not RunDir(tmp_path / "runs" / "d4").stage("pretrain").exists()
     shutil.copyfile(base / "base_checkpoints/d4/model_000020.pt", base / "tokenizer/tokenizer.pkl")
     with pytest.raises(ValueError, match=r"tokenizer\.pkl: not a pickled"):
         importing(base, "--model-tag", "other")
     write_tokenizer(base, 600)
     with pytest.raises(ValueError, match="512 tokens, the tokenizer 600"):
         importing(base, "--model-tag", "third", "--sources", "sft")
+    assert not (tmp_path / "runs").exists()
+    importing(base, "--model-tag", "third", "--sources", "sft", "--tokenizer", str(write_tokenizer(tmp_path, 512)))
+    assert RunDir(tmp_path / "runs" / "third").is_done("sft")  # as the message said
 
 
 def test_which_model_is_taken(tmp_path, importing, monkeypatch):
@@ -180,6 +182,13 @@ def test_which_model_is_taken(tmp_path, importing, monkeypatch):
             importing(base, *flags)
     with pytest.raises(FileNotFoundError, match="no folder"):
         importing(tmp_path / "nowhere")
+    (base / "base_checkpoints" / "d4" / "model_000010.pt").symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match="of step 10"):
+        importing(base, "--from-tag", "d4", "--step", "10", "--model-tag", "zero")
+    write_model(base, "base", "d4", 9, state, config).rename(base / "base_checkpoints" / "d4" / "model_9.pt")
+    write_model(base, "base", "d4", 9, state, config)
+    with pytest.raises(ValueError, match="both of step 9"):
+        importing(base, "--from-tag", "d4", "--model-tag", "nine")
 
 
 def test_the_files_of_one_model_in_a_folder(tmp_path, importing):
@@ -208,11 +217,11 @@ def test_what_metas_say(tmp_path, importing):
     base = tmp_path / "nanochat"
     user = {
         "run": "dummy", "depth": 4, "matrix_lr": 0.07, "target_flops": -1, "eval_every": -1, "warmup_ratio": 0.0,
-        "embedding_lr": "much", "weight_decay": -3.0,
+        "embedding_lr": "much", "weight_decay": -3.0, "num_iterations": 10**4000,
     }
     write_model(
         base, "base", "d4", 20, golden_state("c"), golden_config("c"), user_config=user, device_batch_size=4,
-        max_seq_len=256, total_batch_size=1024, loop_state={"min_val_bpb": float("inf")}, val_bpb=float("nan"),
+        max_seq_len=256, total_batch_size=1024, loop_state={"min_val_bpb": float("inf")}, val_bpb={"a": 1},
     )
     write_tokenizer(base, 512)
     importing(base)
@@ -221,7 +230,8 @@ def test_what_metas_say(tmp_path, importing):
     assert meta["settings"]["embedding_lr"] == 0.3 and meta["settings"]["weight_decay"] == 0.28
     assert meta["total_batch_size"] == 1024 and meta["val_bpb"] is None
     assert meta["imported"]["meta"]["loop_state"] == {"min_val_bpb": None}
-    for text, words in (("{", "not JSON"), ("[]", "no model_config"), ("[" * 100_000, "not JSON")):
+    for text, words in (("{", "not JSON"), ("[]", "no model_config"), ("[" * 100_000, "not JSON"),
+                        ('{"model_config": ' + '{"a": ' * 450 + "1" + "}" * 451, "nested deeper than 50")):
         (base / "base_checkpoints/d4/meta_000020.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             importing(base, "--model-tag", "b")

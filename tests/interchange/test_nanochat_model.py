@@ -219,6 +219,7 @@ def test_files_that_are_no_tensors(tmp_path, monkeypatch):
         ({"a": torch.zeros(3, 3).to_sparse()}, "sparse"),
         ({"a": torch.zeros(3, device="meta")}, "on meta"),
         ({"a": torch.zeros(1).expand(10**12)}, "1000000000000"),
+        (dict.fromkeys("abcd", torch.zeros(3000)), "more than the file"),
         ({"a": torch.zeros(3, dtype=torch.complex64)}, "complex"),
     ]:
         torch.save(thing, path)
@@ -238,6 +239,14 @@ def test_files_that_are_cut_packed_or_swollen(tmp_path, monkeypatch):
         refused(path, "no whole torch archive")
     torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     refused(path, "before 1.6")
+    with zipfile.ZipFile(path, "a") as archive:  # a small zip behind it, which zipfile would see and torch would not
+        archive.writestr("archive/data.pkl", b"")
+    refused(path, "does not begin as one")
+    path.write_bytes(whole + whole)
+    refused(path, "before or behind")
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="changed while"):
+        read_tensors(path, "0" * 64)
     path.write_bytes(whole)
 
     def rewritten(change, compression: int = zipfile.ZIP_STORED) -> None:
