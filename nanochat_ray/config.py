@@ -256,7 +256,7 @@ class RLSettings(Settings):
     max_rows: int = Field(128, ge=1, description="completions that an engine decodes at a time")
     rollout_threads: int = Field(1, ge=1, description="CPU threads of an engine")
     rollout_engine: Literal["own", "vllm"] = Field(
-        "own", description="what samples: our engine, or vLLM on rollout workers (its own samples, repeatable too)",
+        "own", description="what samples: our engine, or vLLM on rollout workers (its own samples)",
         json_schema_extra=RUN_ONLY,
     )
     rollout_workers: int | None = Field(

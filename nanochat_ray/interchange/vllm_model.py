@@ -126,6 +126,9 @@ class NanochatRayForCausalLM(nn.Module):
         self.config = config
         self.gpt = Body(config, dtype)
         _set_dtypes(self.gpt, dtype)
+        cos, sin = rotary_tables(config, self.gpt.device)
+        self.gpt.cos.copy_(cos)
+        self.gpt.sin.copy_(sin)
         # Ours counts the positions before the own one, vLLM's the own one too. A window that holds everything is none.
         windows = [0 if left + 1 >= length else left + 1 for left in self.gpt.windows()]
         layers = [PagedAttention(config, window, vllm_config, f"layers.{k}.attn") for k, window in enumerate(windows)]
@@ -152,9 +155,6 @@ class NanochatRayForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Take a checkpoint's tensors by name; ValueError if a name or a shape does not fit."""
         load_weights(self.gpt, dict(weights))
-        cos, sin = rotary_tables(self.config, self.gpt.device)
-        self.gpt.cos.copy_(cos)
-        self.gpt.sin.copy_(sin)
         return {f"gpt.{name}" for name in self.gpt.state_dict()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -135,16 +136,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def export_for_vllm(source: Checkpoint | GPT | Path, folder: Path) -> Path:
+def export_for_vllm(source: Checkpoint | GPT | ModelConfig | Path, folder: Path) -> Path:
     """Make `folder` one that vLLM opens: config.json and model.safetensors. Returns it.
 
-    `source` is a checkpoint, the folder of one, or a network in memory. A checkpoint's weights are hard-linked, which
+    `source` is a checkpoint, the folder of one, a network in memory, or only a network's config; then there are no
+    weights, and vLLM opens it with `engine_args(blank=True)`. A checkpoint's weights are hard-linked, which
     takes no room and outlives the checkpoint; to another file system they are copied. There is no tokenizer: vLLM gets
     token ids.
     """
     if isinstance(source, Path):
         source = _checkpoint_in(source)
-    config = source.config if isinstance(source, GPT) else source.model_config
+    config = source if isinstance(source, ModelConfig) else _config_of(source)
     folder.mkdir(parents=True, exist_ok=True)
     # A name for each: renaming a link over another one of the same file leaves both, and writing to what is left would
     # write into the checkpoint.
@@ -152,16 +154,21 @@ def export_for_vllm(source: Checkpoint | GPT | Path, folder: Path) -> Path:
     try:
         if isinstance(source, GPT):
             save_file(snapshot(source.state_dict().items()), weights)
-        else:
+        elif isinstance(source, Checkpoint):
             _link(source.folder / MODEL_FILE, weights)
         with open(settings, "x") as file:
             json.dump(vllm_config(config), file, indent=2)
-        os.replace(weights, folder / MODEL_FILE)
+        if not isinstance(source, ModelConfig):
+            os.replace(weights, folder / MODEL_FILE)
         os.replace(settings, folder / CONFIG_FILE)
     finally:
         for path in (weights, settings):
             path.unlink(missing_ok=True)
     return folder
+
+
+def _config_of(source: Checkpoint | GPT) -> ModelConfig:
+    return source.config if isinstance(source, GPT) else source.model_config
 
 
 def _checkpoint_in(folder: Path) -> Checkpoint:
@@ -204,11 +211,13 @@ def engine_args(
     max_num_seqs: int = 64,
     kv_bytes: int | None = None,
     tensor_parallel_size: int = 1,
+    blank: bool = False,
 ) -> dict[str, Any]:
     """Arguments for vLLM's LLM, EngineArgs or AsyncEngineArgs that open a folder of `export_for_vllm`.
 
     `max_model_len` is what a sequence may have in tokens, prompt included; unset, the network's context. `kv_bytes` is
-    the memory of the cache; unset, vLLM decides. Prompts are token ids. The network is not compiled (`enforce_eager`).
+    the memory of the cache; unset, vLLM decides, and on a GPU wants nearly all of it free. A `blank` network has random
+    weights until `load_weights`. Prompts are token ids. The network is not compiled (`enforce_eager`).
     ValueError for what is not supported, FileNotFoundError if there is no such folder.
     """
     if tensor_parallel_size != 1:
@@ -218,7 +227,13 @@ def engine_args(
     if dtype not in _DTYPES:
         raise ValueError(f"vLLM computes in {', '.join(_DTYPES.values())}, not in {dtype}")
     config = ModelConfig.model_validate(json.loads((folder / CONFIG_FILE).read_text())[NETWORK_KEY])
-    memory = {} if kv_bytes is None else {"kv_cache_memory_bytes": kv_bytes}
+    memory: dict[str, Any] = {} if kv_bytes is None else {"kv_cache_memory_bytes": kv_bytes}
+    if kv_bytes is not None and torch.cuda.is_available():
+        # How much vLLM wants to find free when it starts; with the cache's size given it is for nothing else.
+        wanted = kv_bytes + dtype.itemsize * sum(math.prod(shape) for shape in shapes_of(config).values())
+        memory["gpu_memory_utilization"] = min(1.0, wanted / torch.cuda.mem_get_info()[1])
+    if blank:
+        memory["load_format"] = "dummy"
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -233,6 +248,12 @@ def engine_args(
         "worker_extension_cls": f"{_PACKAGE}.vllm_model.WeightReceiver",
         **memory,
     }
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's weights by name. Takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
 def load_weights(engine: Workers, weights: FlatWeights) -> int:

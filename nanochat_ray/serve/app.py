@@ -40,16 +40,17 @@ def build(args: ServeSettings) -> serve.Application:
     """The application of a `serve_configs/` file; `args` are its `args`.
 
     Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
-    if a run is not there, ValueError if vLLM is wanted and missing.
+    if a run is not there, ValueError if vLLM is wanted and missing, or made for
+    another device.
     """
-    if args.engine == "vllm":
-        from nanochat_ray.interchange.vllm_plugin import check_vllm
-
-        check_vllm()
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
         raise ValueError("device cuda: this cluster has no GPU; leave `device` out to take what there is")
+    if args.engine == "vllm":
+        from nanochat_ray.interchange.vllm_plugin import check_vllm
+
+        check_vllm("cuda" if gpus else args.device)  # unset and without a GPU yet: each replica takes what it finds
     cpus = args.cpus or (1 if gpus else _cpus_each(args.max_replicas or args.replicas or 1))
     settings = args.model_copy(
         update={
@@ -153,14 +154,15 @@ class ChatServer:
             # vLLM has a network of its own on the device; ours only brings it the weights.
             place = "cpu" if settings.engine == "vllm" else device
             shelf = Shelf(settings.storage, choice, settings.defaults, place, dtype)
-            served, model = shelf.load(shelf.find(choice.step))
+            checkpoint = shelf.find(choice.step)
+            served, model = shelf.load(checkpoint)
             self.shelves[served.name] = shelf
-            loaded.append((served, model))
+            loaded.append((served, model, checkpoint))
             logger.info("%s: step %d, %s on %s", served.name, served.lineage["step"], why, device)
         kv_bytes = settings.kv_bytes_each(free_bytes(device))
         engines = []
-        for served, model in loaded:
-            engine = make_engine(settings, served.tokenizer, model, device, kv_bytes)
+        for served, model, checkpoint in loaded:
+            engine = make_engine(settings, served.tokenizer, model, checkpoint, device, kv_bytes)
             warm_up = SamplingParams(max_tokens=WARM_UP_TOKENS, use_tools=False)
             list(engine.generate([[served.tokenizer.bos_id]], warm_up))
             engine.forget()

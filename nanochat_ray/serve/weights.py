@@ -68,9 +68,12 @@ class Shelf:
 
 
 def make_engine(
-    settings: ServeSettings, tokenizer: Tokenizer, model: GPT, device: str, kv_bytes: int | None
+    settings: ServeSettings, tokenizer: Tokenizer, model: GPT, checkpoint: Checkpoint, device: str, kv_bytes: int | None
 ) -> Engine:
-    """The engine that the settings name, on a device. ValueError if it is vLLM, and there is none for the device."""
+    """The engine that the settings name, on a device, with the checkpoint's weights, which `model` has too.
+
+    ValueError if it is vLLM, and there is none for the device.
+    """
     rows, chunk_tokens = settings.max_rows, settings.chunk_tokens
     if settings.engine == "own":
         return Engine(model, tokenizer, rows, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes)
@@ -79,6 +82,6 @@ def make_engine(
 
     with tempfile.TemporaryDirectory(prefix="nanochat_ray_vllm_") as folder:
         return VllmEngine(
-            export_for_vllm(model, Path(folder)), tokenizer, model.config, rows, dtype=model.compute_dtype,
+            export_for_vllm(checkpoint, Path(folder)), tokenizer, model.config, rows, dtype=model.compute_dtype,
             device=device, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes,
         )

@@ -197,6 +197,8 @@ def test_weights_do_not_change_below_a_request(start_llm: Callable[..., Any], tm
     prompt = random_prompt(20, seed=1)
     asked = Asked(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
     engine.add_request("one", {"type": "token", "prompt_token_ids": prompt}, asked)
+    with pytest.raises(RuntimeError, match="in flight"):
+        load_weights(engine, flatten(new, 1))  # it only waits yet, and holds no memory
     engine.step()
     with pytest.raises(RuntimeError, match="in flight"):
         load_weights(engine, flatten(new, 1))

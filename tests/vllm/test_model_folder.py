@@ -87,6 +87,23 @@ def test_a_broken_checkpoint_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "folder").exists()
 
 
+def test_a_config_alone_is_a_folder_without_weights(tmp_path: Path) -> None:
+    folder = export_for_vllm(MODEL.config, tmp_path / "folder")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert engine_args(folder, blank=True)["load_format"] == "dummy" and "load_format" not in engine_args(folder)
+
+
+def test_a_cache_s_size_leaves_the_rest_of_a_gpu_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export_for_vllm(MODEL.config, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    n_weights = sum(tensor.numel() for tensor in MODEL.state_dict().values())
+    wanted = engine_args(folder, kv_bytes=1 << 28, dtype=torch.bfloat16)["gpu_memory_utilization"]
+    assert wanted == 0.25 + 2 * n_weights / (1 << 30)
+    assert engine_args(folder, kv_bytes=1 << 40)["gpu_memory_utilization"] == 1.0
+    assert "gpu_memory_utilization" not in engine_args(folder)
+
+
 def test_arguments_that_are_not_supported_are_named(tmp_path: Path) -> None:
     folder = export_for_vllm(MODEL, tmp_path)
     assert engine_args(folder)["max_model_len"] == MODEL.config.sequence_len

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,13 +32,13 @@ FOLLOWS = {
 CALL = [START, *b"3*4", END]
 
 
-def calculating() -> GPT:
-    """A network without attention, in which each token of `FOLLOWS` is answered as it says."""
+def calculating(follows: dict[int, int] = FOLLOWS) -> GPT:
+    """A network without attention, in which each token of `follows` is answered as it says."""
     model = GPT.build(CONFIG, compute_dtype=torch.float32).eval()  # blocks add nothing before they have learned
     with torch.no_grad():
         embeddings, head = model.transformer.wte.weight, model.lm_head.weight
         head.zero_()
-        for place, (token, follower) in enumerate(FOLLOWS.items()):
+        for place, (token, follower) in enumerate(follows.items()):
             embeddings[token] = torch.eye(CONFIG.n_embd)[place]
             head[follower] += 30.0 * torch.eye(CONFIG.n_embd)[place]
     return model
@@ -111,6 +112,20 @@ def test_tool_calls_are_those_of_our_engine(calculator, name, max_tokens):
     if name == "a call" and max_tokens == 40:
         assert TOKENIZER.decode(list(theirs.token_ids[theirs.mask.index(0) :][:4])).count("12") == 1
         assert theirs.token_ids[:5] == CALL and theirs.token_ids[-1] == ord("!") and 0 in theirs.mask
+
+
+@pytest.mark.parametrize("n_prompt", [1, *range(18, 34)], ids=lambda n: f"prompt of {n}")
+def test_calls_again_and_again_across_the_ends_of_blocks(engine, n_prompt):
+    """Each call begins another request of vLLM, somewhere in a block of 32 positions."""
+    model = calculating(FOLLOWS | {ord("!"): START})
+    engine.update(model)
+    prompt = [*b" " * (n_prompt - 1), ord("X")]
+    params = SamplingParams(temperature=0, max_tokens=60, logprobs=0)
+    [[ours]] = Engine(model, TOKENIZER, 4).rollouts([prompt], params)
+    [[theirs]] = engine.rollouts([prompt], params)
+    assert (theirs.token_ids, theirs.mask, theirs.finish_reason) == (ours.token_ids, ours.mask, ours.finish_reason)
+    assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    assert list(ours.token_ids).count(OUTPUT_END) >= 5
 
 
 @pytest.mark.parametrize(("tools", "use_tools"), [((refuse,), True), ((fail,), True), ((), True), ((refuse,), False)])
@@ -254,6 +269,41 @@ def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(noise):
         with pytest.raises(ValueError):
             noise.update(weights)
     assert noise.rollouts([prompt], params) == before
+
+
+def test_weights_that_do_not_fit_are_refused_while_requests_run(noise):
+    params, prompt = SamplingParams(temperature=0, max_tokens=12, use_tools=False), random_prompt(30, 9)
+    [[before]] = noise.rollouts([prompt], params)
+    version, number = noise.version, noise.submit(prompt, params)
+    events = noise.step()
+    fitting = flatten(noisy(1), 5)
+    part = dataclasses.replace(fitting, places=fitting.places[1:])
+    wider = flatten(GPT.build(CONFIG.model_copy(update={"vocab_size": 500}), compute_dtype=torch.float32), 5)
+    for weights in (wider, part):
+        with pytest.raises(ValueError, match="do not fit"):
+            noise.update(weights)
+    assert noise.version == version
+    events += all_events(noise, number)
+    assert [event.token for event in events] == before.token_ids
+    assert noise.rollouts([prompt], params) == [[before]]
+
+
+def test_what_vllm_gives_up_is_not_begun_again(noise, monkeypatch):
+    """Such as an error in its own parts, which the next request would meet as well."""
+    number = noise.submit(random_prompt(5, 1), SamplingParams(max_tokens=30, use_tools=False))
+    noise.step()
+    [name] = noise._running
+    given_up = SimpleNamespace(token_ids=[], logprobs=None, finish_reason="error")
+    output = SimpleNamespace(request_id=name, num_cached_tokens=0, outputs=[given_up], finished=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(noise._vllm, "step", lambda: [output])
+        with pytest.raises(RuntimeError, match="half-way: error"):
+            noise.step()
+    assert noise.failed
+    noise.failed = False  # for the tests that come
+    noise._vllm.abort_request([name])
+    noise.cancel(number)
+    assert not noise.busy
 
 
 def test_a_vllm_for_another_device_is_refused(engine, tmp_path):
