@@ -9,6 +9,7 @@ import _runtime
 import pytest
 import torch
 
+from nanochat_ray.interchange.vllm_plugin import installed
 from nanochat_ray.messages import RolloutGroup
 from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.model.gpt import GPT
@@ -68,6 +69,7 @@ def test_each_step_is_sampled_with_the_weights_of_the_step_before(finished):
 
 def test_the_engine_is_part_of_the_runs_identity(finished):
     config = json.loads((finished.stage("rl") / CONFIG_FILE).read_text())
+    assert config["rollout_engine_version"] == installed()[1] != ""
     assert config["rollout_engine"] == "vllm" and "rollout_engine" not in config["settings"]
     storage = finished.root.parent
     code, said = inside(flags(storage, **(RUN | {"rollout_engine": "own", "rollout_workers": 1})))

@@ -25,13 +25,13 @@ from tests.vllm.test_rl_engine import CONFIG, END, FOLLOWS, START, TOKENIZER
 pytestmark = pytest.mark.vllm
 
 CONFIG_FILE_SERVED = Path(__file__).parents[2] / "serve_configs" / "chat_vllm.yaml"
-CONTEXT = 1024
+CONTEXT = 6144
 ROWS = 4
 # An answer is a call of the calculator, then "!" and letters from a to i, again and again until it is cut off.
 ROUND = b"abcdefghi"
 NAME = "tiny-sft"
 ASK: Any = {"model": NAME, "messages": [{"role": "user", "content": "Calculate."}], "temperature": 0}
-LONG: Any = ASK | {"max_tokens": 900, "stream": True}
+LONG: Any = ASK | {"max_tokens": 6000, "stream": True}  # seconds of work
 
 
 def answering(first: int) -> GPT:
@@ -154,11 +154,12 @@ def test_new_weights_without_a_restart(server, run):
     save(run, 20, answering(4))
     server.deploy({"weights": "latest", "revision": 1})
     until(lambda: served_step(server) == 20)
+    assert server.stats()["running"] == 1  # the stream, on the weights that it began with
     answer = server.client.chat.completions.create(**ASK, max_tokens=12)
     assert answer.choices[0].message.content == "!ef"
     rest = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     said = (first.choices[0].delta.content or "") + rest
-    assert said == "!" + (ROUND * 100).decode()[: len(said) - 1] and len(said) > 800  # old weights to its end
+    assert said == "!" + (ROUND * CONTEXT).decode()[: len(said) - 1] and len(said) > 5900  # old weights to its end
     assert server.stats()["pid"] == pid
 
 
