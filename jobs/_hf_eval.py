@@ -1,13 +1,15 @@
 """`base_eval.py --hf-path`: CORE and bits per byte of any causal language model of Transformers.
 
-The results are a run's folder of their own, `<storage>/hf/<model>/base_eval`, where no other job looks for a run. The
-text for bits per byte is that of the run that --model-tag names, else what --data says, pinned beside the results.
+The results are a folder of their own for each model and settings, `<storage>/hf/<model>-<mark>/base_eval`, where no
+other job looks for a run. The text for bits per byte is that of the run that --model-tag names, else what --data says,
+pinned beside the results.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from _data import pin_data
 from _evaluate import base_units, core_bundle, note_scores, run_units, write_core_csv
@@ -16,7 +18,7 @@ from _runtime import Job, open_job
 from nanochat_ray.config import BaseEvalSettings, RunSettings
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.evals.hf import HFSpec
-from nanochat_ray.interchange.hf_model import HFSource, find_source, read_lengths
+from nanochat_ray.interchange.hf_model import find_source, read_lengths
 from nanochat_ray.metrics.core_bundle import load_bundle
 from nanochat_ray.run_dir import DATA_FILE, RunDir, existing_run, read_json, shown, storage_path
 
@@ -44,40 +46,35 @@ def evaluate(run_settings: RunSettings, settings: BaseEvalSettings, asked: Asked
     sequence_len = asked.sequence_len or lengths.sequence_len
     if not 1 <= sequence_len <= (lengths.max_len or sequence_len):
         raise ValueError(f"--hf-sequence-len {sequence_len}: {source.name} has {lengths.max_len} positions")
-    with open_job(run_settings.model_copy(update={"storage": beside_runs(run_settings.storage)}), source.slug) as job:
-        manifest = text_of(run_settings, job) if "bpb" in parts else None
-        return run(job, run_settings, settings, source, sequence_len, manifest)
-
-
-def run(
-    job: Job,
-    run_settings: RunSettings,
-    settings: BaseEvalSettings,
-    source: HFSource,
-    sequence_len: int,
-    manifest: DataManifest | None,
-) -> Path:
-    folder, dtype = job.run_dir.stage("base_eval"), run_settings.dtype or DTYPE
     bundle, no_bundle = core_bundle(run_settings, settings)
     config = {
         "settings": settings.identity(),
         "model": source.identity(),
         "sequence_len": sequence_len,
-        "dtype": dtype,
-        "data": manifest.hash if manifest else None,
+        "dtype": run_settings.dtype or DTYPE,
         "bundle": load_bundle(bundle).sha256 if bundle and run_settings.eval_bundle else None,
     }
+    text = text_of_run(run_settings) if "bpb" in parts and run_settings.model_tag is not None else None
+    slug = source.slug({**config, "data": text.hash if text else run_settings.data})
+    with open_job(run_settings.model_copy(update={"storage": beside_runs(run_settings.storage)}), slug) as job:
+        if text is None and "bpb" in parts:
+            text = pin_data(run_settings, job.run_dir, job.device)
+        spec = HFSpec(
+            source, job.device, config["dtype"], bundle, text, sequence_len, settings.device_batch_size
+        )
+        return run(job, settings, spec, config | {"data": text.hash if text else None}, no_bundle)
+
+
+def run(job: Job, settings: BaseEvalSettings, spec: HFSpec, config: dict[str, Any], no_bundle: str) -> Path:
+    folder, bundle, source = job.run_dir.stage("base_eval"), spec.bundle, spec.source
     with job.stage("base_eval", config) as notes:
         if notes is None:
             return folder
-        spec = HFSpec(
-            source, job.device, dtype, bundle, manifest, sequence_len, settings.device_batch_size
-        )
         if no_bundle:
             notes.skip("CORE", no_bundle)
         notes.metrics |= {"model": source.name, "revision": source.revision}
-        units = base_units(settings, sequence_len, bundle)
-        note_scores(notes, units, run_units(job, spec, units), sequence_len, bundle)
+        units = base_units(settings, spec.sequence_len, bundle)
+        note_scores(notes, units, run_units(job, spec, units), spec.sequence_len, bundle)
         if "train/note" in notes.metrics:
             notes.metrics["train/note"] = "the first training documents of the run or data named"
         if bundle:
@@ -85,10 +82,8 @@ def run(
     return folder
 
 
-def text_of(settings: RunSettings, job: Job) -> DataManifest:
-    """The data of the run that is named, else the one asked for, pinned beside the results."""
-    if settings.model_tag is None:
-        return pin_data(settings, job.run_dir, job.device)
+def text_of_run(settings: RunSettings) -> DataManifest:
+    """The data of the run that is named."""
     run_dir = RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag)).fetch()
     path = run_dir.root / DATA_FILE
     if not path.exists():

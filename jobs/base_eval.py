@@ -4,7 +4,8 @@ With `--watch RUN` a second job beside a run that trains: it evaluates each new 
 
 With `--hf-path` any causal language model of Transformers (extra hf), a local folder or a hub id: CORE and bits per
 byte. `--hf-path openai-community/gpt2-xl --eval core` measures GPT-2's CORE anew, nanochat's target, where the hub can
-be reached. It computes in fp32 unless --dtype says otherwise. The results lie in <storage>/hf/<model>/base_eval.
+be reached. It computes in fp32 unless --dtype says otherwise. Where the results lie is printed: in a folder below
+<storage>/hf, one for each model and settings.
 """
 
 from __future__ import annotations

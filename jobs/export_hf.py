@@ -45,7 +45,7 @@ def cli() -> None:
     if "://" in args.to:
         raise ValueError(f"--to {args.to}: a local folder is written (jobs/publish.py sends a run elsewhere)")
     run_dir = RunDir.of(settings.storage, existing_run(settings.storage, settings.model_tag)).fetch()
-    print(export(run_dir, args.source, args.step, Path(args.to).expanduser().absolute(), settings.dtype))
+    print(export(run_dir, args.source, args.step, Path(args.to).expanduser().resolve(), settings.dtype))
 
 
 if __name__ == "__main__":

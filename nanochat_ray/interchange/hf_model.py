@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ class HFSource:
     def name(self) -> str:
         return Path(self.path).name if self.revision is None else self.path
 
-    @property
-    def slug(self) -> str:
-        """The name as a folder's."""
-        return self.name.replace("/", "-").lstrip(".") or "model"
+    def slug(self, asked: Mapping[str, Any]) -> str:
+        """The name as a folder's, with a mark of what is asked: models of one name, and other settings, lie apart."""
+        mark = hashlib.sha256(json.dumps([self.identity(), asked], sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.name.replace('/', '-').lstrip('.') or 'model'}-{mark}"
 
     def identity(self) -> dict[str, Any]:
         """What decides a result; where a local folder lies does not."""
@@ -166,6 +166,6 @@ def one_line_errors(source: HFSource) -> Iterator[None]:
     """What Transformers raises, as a ValueError of one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of many kinds, of other libraries too: a cut file is a SafetensorError
         hint = "; its code runs with --trust-remote-code" if "trust_remote_code" in str(error) else ""
         raise ValueError(f"{source.path} cannot be loaded: {first_line(error)}{hint}") from error

@@ -140,7 +140,7 @@ def test_core_of_gpt2_is_what_plain_torch_gives(tmp_path, gpt2, bundle):
     assert cropped
     record = evaluate(tmp_path, gpt2, "core", eval_bundle=str(bundle))
     assert "core_metric" in record.metrics and "val/bpb" not in record.metrics
-    assert (tmp_path / "hf" / "tiny-gpt2" / "base_eval" / "core.csv").exists()
+    assert len(list((tmp_path / "hf").glob("tiny-gpt2-*/base_eval/core.csv"))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,12 @@ def test_the_jobs_as_commands(own_run, tmp_path):
             export(RunDir(tmp_path / "run" / "d2"), source, step, tmp_path / "y", None)
     code, out = run_job(tmp_path / "run", "base_eval.py", "--no-ray", "--eval", "bpb", "--hf-path", "x/out",
                         "--trust-remote-code", "-g", "d2", "--split-tokens", "64")  # fmt: skip
-    assert code == 0 and (tmp_path / "run" / "hf" / "out" / "base_eval" / DONE_FILE).exists(), out
+    assert code == 0 and len(list((tmp_path / "run" / "hf").glob(f"out-*/base_eval/{DONE_FILE}"))) == 1, out
+    link, empty = tmp_path / "link", tmp_path / "empty"
+    empty.mkdir()
+    link.symlink_to(empty)
+    code, out = run_job(tmp_path / "run", "export_hf.py", "--source", "base", "--to", str(link))
+    assert code == 0 and (empty / "model.safetensors").exists() and link.is_symlink(), out
 
 
 def test_on_actors_the_same(own_run, bundle, ray_cluster):
@@ -217,6 +222,12 @@ def test_on_actors_the_same(own_run, bundle, ray_cluster):
 
 def test_what_cannot_be_loaded_is_one_line(own_run, gpt2, tmp_path):
     storage, folder = own_run
+    cut, odd = tmp_path / "cut", tmp_path / "odd"
+    for copy in (cut, odd):
+        shutil.copytree(gpt2, copy)
+    (cut / "model.safetensors").write_bytes((gpt2 / "model.safetensors").read_bytes()[:1000])
+    config = json.loads((gpt2 / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"n_head": 0}))
     broken = tmp_path / "no-weights"
     shutil.copytree(gpt2, broken)
     (broken / "model.safetensors").unlink()
@@ -224,6 +235,8 @@ def test_what_cannot_be_loaded_is_one_line(own_run, gpt2, tmp_path):
     for model, more, what in (
         (folder, {}, "cannot be loaded: .*--trust-remote-code"),
         (broken, {}, "no-weights cannot be loaded: "),
+        (cut, {"model_tag": "d2"}, "cut cannot be loaded: "),
+        (odd, {"model_tag": "d2"}, "odd cannot be loaded: "),
         (tmp_path / "empty", {}, "no config.json"),
         ("some-one/model-not-here", {}, "not a local folder, and not had from the hub"),
         (tmp_path / "nowhere", {}, "not a local folder, and not had from the hub"),
@@ -234,6 +247,16 @@ def test_what_cannot_be_loaded_is_one_line(own_run, gpt2, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no samples here"):
         evaluate(storage, gpt2, "sample")
+
+
+def test_models_of_one_name_and_other_settings_lie_apart(gpt2, bundle, texts, tmp_path):
+    other = tmp_path / "other" / gpt2.name
+    shutil.copytree(gpt2, other)
+    (other / "generation_config.json").write_text("{}")
+    evaluate(tmp_path, gpt2, "core", eval_bundle=str(bundle))
+    evaluate(tmp_path, gpt2, "bpb", data=str(texts))
+    evaluate(tmp_path, other, "bpb", data=str(texts))
+    assert len(list((tmp_path / "hf").iterdir())) == 3
 
 
 def test_a_tensor_without_a_place_is_an_error(gpt2, tmp_path):

@@ -203,6 +203,10 @@ def test_bf16(tmp_path):
     _, folder = exported(tmp_path, "c", dtype="bfloat16")
     theirs, ours = load(folder), model_from_golden("c", torch.bfloat16).eval()
     assert theirs.transformer.wte.weight.dtype == torch.bfloat16 and theirs.resid_lambdas.dtype == torch.float32
+    theirs.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert theirs.dtype == again.dtype == torch.bfloat16 and again.resid_lambdas.dtype == torch.float32
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
     ids = some_ids(ours.config.vocab_size, 2, 200)
     a, b = theirs(ids).logits, ours(ids)
     assert (a - b).abs().max() < 0.5 and (a - b).abs().mean() < 0.03

@@ -190,6 +190,11 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the weights do not fit the network: {'; '.join(wrong)}")
         return (model, info) if output_loading_info else model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices and tables, which is what is saved as the model's; the first parameters are fp32 scalars."""
+        return self.transformer.wte.weight.dtype
+
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
