@@ -6,7 +6,6 @@ killed leaves a hidden folder `.<name>.<mark>.tmp` there.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from nanochat_ray.interchange.hf_tokenizer import save_tokenizer
 from nanochat_ray.model.checkpoint import Checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
+from nanochat_ray.run_dir import write_json
 from nanochat_ray.text.tokenizer import Tokenizer
 
 CODE = Path(__file__).parent / "hf_folder"  # never imported here: it imports transformers
@@ -57,8 +57,8 @@ def export(
         save_file(converted(tensors, dtype), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it the owner's only
         ids = token_ids(tokenizer, source)
-        _write_json(temporary / "config.json", model_json(config, ids, dtype))
-        _write_json(temporary / "generation_config.json", ids)
+        write_json(temporary / "config.json", model_json(config, ids, dtype))
+        write_json(temporary / "generation_config.json", ids)
         end = next(name for name, token in tokenizer.special.items() if token == ids["eos_token_id"][0])
         save_tokenizer(tokenizer, temporary, config.sequence_len, end)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
@@ -117,7 +117,3 @@ def model_json(config: ModelConfig, ids: Mapping[str, Any], dtype: str | None) -
         **config.model_dump(mode="json"),
         **ids,
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -224,10 +224,7 @@ def test_it_trains(models):
     fresh = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
     )
-    fresh.resid_lambdas.data.fill_(1.1)
-    for name, tensor in fresh.named_parameters():
-        if name.endswith("c_proj.weight") or name == "smear_lambda":  # which begin as 0 and stop gradients
-            torch.nn.init.constant_(tensor, 0.01)
+    fresh.smear_lambda.data.fill_(0.01)  # which begins as 0 and stops the gate's gradient
     fresh(ids, labels=ids).loss.backward()
     assert [name for name, tensor in fresh.named_parameters() if tensor.grad is None or not tensor.grad.any()] == []
 
@@ -255,3 +252,5 @@ def test_what_the_network_cannot_do_it_says(models):
         theirs.resize_token_embeddings(600)
     with pytest.raises(ValueError, match="logits only"):
         theirs(some_ids(500, 1, 4), output_hidden_states=True)
+    with pytest.raises(ValueError, match="'sdpa' only"):
+        load(models("a")[2], attn_implementation="eager")

@@ -7,9 +7,6 @@ left.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,23 +19,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_nanochat_ray import NanochatRayConfig
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each (B, T, 1, D/2) fp32
-Init = Callable[[Tensor], Tensor]
-
-
-class Linear(nn.Linear):
-    """A matrix without bias that knows how it begins."""
-
-    def __init__(self, n_in: int, n_out: int, initial: Init) -> None:
-        super().__init__(n_in, n_out, bias=False)
-        self.initial = initial
-
-
-class Table(nn.Embedding):
-    """Vectors by token id, knowing how they begin."""
-
-    def __init__(self, n_rows: int, n_channels: int, initial: Init) -> None:
-        super().__init__(n_rows, n_channels)
-        self.initial = initial
 
 
 def wide(x: Tensor) -> Tensor:
@@ -66,16 +46,16 @@ def rotate_and_norm(x: Tensor, rotary: Rotary, scale: float, eps: float) -> Tens
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, and in every second layer a value embedding."""
 
-    def __init__(self, config: NanochatRayConfig, layer: int, spread: Init, zeros: Init, gates: Init) -> None:
+    def __init__(self, config: NanochatRayConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         kv_channels = config.n_kv_head * config.head_dim
-        self.c_q = Linear(config.n_embd, config.n_embd, spread)
-        self.c_k = Linear(config.n_embd, kv_channels, spread)
-        self.c_v = Linear(config.n_embd, kv_channels, spread)
-        self.c_proj = Linear(config.n_embd, config.n_embd, zeros)
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_channels, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_channels, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         if config.has_value_embed(layer):
-            self.ve_gate = Linear(config.value_gate_channels, config.n_kv_head, gates)
+            self.ve_gate = nn.Linear(config.value_gate_channels, config.n_kv_head, bias=False)
 
     def forward(
         self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, visible: Tensor, cache: DynamicCache | None
@@ -99,10 +79,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two matrices with a squared ReLU between them."""
 
-    def __init__(self, config: NanochatRayConfig, spread: Init, zeros: Init) -> None:
+    def __init__(self, config: NanochatRayConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, spread)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, zeros)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -114,10 +94,8 @@ class Block(nn.Module):
     def __init__(self, config: NanochatRayConfig, layer: int) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        bound, zeros = math.sqrt(3 / config.n_embd), partial(nn.init.constant_, val=0.0)
-        gates = partial(nn.init.uniform_, a=0.0, b=0.02)
-        self.attn = Attention(config, layer, partial(nn.init.uniform_, a=-bound, b=bound), zeros, gates)
-        self.mlp = MLP(config, partial(nn.init.uniform_, a=-0.4 * bound, b=0.4 * bound), zeros)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
         x = x + self.attn(rms_norm(x, self.eps), *more)
@@ -129,7 +107,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: NanochatRayConfig) -> None:
         super().__init__()
-        self.wte = Table(config.padded_vocab_size, config.n_embd, partial(nn.init.normal_, std=0.8))
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
 
 
@@ -147,33 +125,24 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NanochatRayConfig) -> None:
         super().__init__(config)
-        bound, kv_channels = math.sqrt(3 / config.n_embd), config.n_kv_head * config.head_dim
+        if config._attn_implementation != "sdpa":
+            raise ValueError(f"attn_implementation {config._attn_implementation!r}: this network has 'sdpa' only")
+        kv_channels = config.n_kv_head * config.head_dim
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, partial(nn.init.normal_, std=0.001))
-        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.smear_gate = Linear(config.smear_channels, 1, partial(nn.init.uniform_, a=0.0, b=0.02))
-        self.smear_lambda = nn.Parameter(torch.empty(1))
-        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.zeros(1))
         self.value_embeds = nn.ModuleDict(
             {
-                str(i): Table(config.padded_vocab_size, kv_channels, partial(nn.init.uniform_, a=-bound, b=bound))
+                str(i): nn.Embedding(config.padded_vocab_size, kv_channels)
                 for i in range(config.n_layer)
                 if config.has_value_embed(i)
             }
         )
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Linear | Table):
-            module.initial(module.weight)
-        elif module is self:
-            depth = torch.arange(self.config.n_layer) / max(self.config.n_layer - 1, 1)  # 0 at the first layer
-            with torch.no_grad():
-                self.resid_lambdas.copy_(1.15 - 0.10 * depth)
-                self.x0_lambdas.copy_(0.20 - 0.15 * depth)
-                self.smear_lambda.fill_(0.0)
-                self.backout_lambda.fill_(0.2)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
