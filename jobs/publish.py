@@ -24,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sources", nargs="+", choices=tuple(STAGE_OF_SOURCE), help="unset: all that are finished")
     parser.add_argument("--step", type=int, metavar="INT", help="of the one source; unset: of each the last")
     parser.add_argument("--replace", action="store_true", help="take away another publication of this run first")
-    parser.add_argument("--public", action="store_true", help="a new repository on the hub is for everybody to see")
+    parser.add_argument("--public", action="store_true", help="a new repository on the hub is for everybody to see; "
+                        "needed too for one that is")
 
 
 def cli() -> None:
@@ -35,6 +36,8 @@ def cli() -> None:
     from nanochat_ray.interchange.publish import collect
     from nanochat_ray.interchange.publish_write import publish
 
+    if "://" in args.from_run:
+        raise ValueError(f"RUN {args.from_run}: give the run's name, and where it lies as --storage")
     if "/" in args.from_run:
         folder = Path(args.from_run).expanduser().absolute()
         run_dir = RunDir.of(str(folder.parent), existing_run(str(folder.parent), folder.name))

@@ -36,7 +36,7 @@ LASTING = {  # what no second try makes better: a full disk, a missing right, so
 PROBE_TIMEOUT_S = 20.0
 LONGEST_NAME = 255  # of a folder, in bytes
 _ENCODED_SCHEME_END = urllib.parse.quote("://", safe="")
-_PASSWORD = re.compile(r"://[^/@:]*:(?!\d+/)[^@]*@")  # user:password@, and not the port of a host
+PASSWORD = re.compile(r"://[^/@:]*:(?!\d+/)[^@]*@")  # user:password@, and not the port of a host
 _SECRET_FIELD = re.compile(r"(^|&)([^=&]*(secret|token|password|signature|account_key|access_key)[^=&]*|sig)=", re.I)
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def mirror_folder(uri: str, cache: Path) -> Path:
     A name before an @ is welcome (abfs://container@account.dfs.core.windows.net), a password or key is not.
     """
     path, mark, query = uri.partition("?")
-    if _PASSWORD.search(path) or _SECRET_FIELD.search(query):
+    if PASSWORD.search(path) or _SECRET_FIELD.search(query):
         raise ValueError(
             "a storage URI must not hold keys, for it is written into logs and names of folders; give them in the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "

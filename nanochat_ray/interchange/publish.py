@@ -23,6 +23,7 @@ from typing import Any
 
 from nanochat_ray.corpus.reader import DataManifest
 from nanochat_ray.model.checkpoint import META_FILE, MODEL_FILE, Checkpoint, known_bpb, resolve_checkpoint
+from nanochat_ray.remote import PASSWORD
 from nanochat_ray.report.environment import describe_environment
 from nanochat_ray.report.markdown import REPORT_FILE, REPORT_STAGE
 from nanochat_ray.report.records import plain, read_result
@@ -40,6 +41,8 @@ from nanochat_ray.text.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat_ray.text.tokenizer import Tokenizer
 
 CARD_FILE = "README.md"
+PUBLISHED_FILE = "published.json"
+FORMAT = "nanochat-ray-published"
 CONFIG_KEYS = ("settings", "data", "tokenizer", "base_model", "optimizer", "imported", "known_from")
 META_KEYS = ("source", "model_config", "settings", "total_batch_size", "num_iterations", "val_bpb", "data_hash",
              "world_size", "optimizer", "imported")  # fmt: skip
@@ -49,9 +52,13 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|SIGNATURE", re.I)
 _SECRET_SHAPE = re.compile(
     r"\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bAIza[A-Za-z0-9_-]{35}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_KEY_PLACE = re.compile(
+    r"(?:key|token|secret|password|wandb)\w*[\"'`]?\s*[=:]\s*[\"'`]?[0-9a-f]{40}\b|[?&](?:[\w-]*signature|sig)=", re.I
 )
 _OTHER_PATH = re.compile(r"(?<![\w:/.<>*|])/(?:[\w.@+-]+/){2,}([\w.@+-]*)")
+_HOME = re.compile(r"(?<![\w:/.<>*|])/(?:home|Users|root)/[\w.@+-]+")
 SHORTEST_SECRET = 12
 
 
@@ -94,7 +101,7 @@ class Package:
             weights = (model.checkpoint.folder / MODEL_FILE).stat().st_size
             sizes[f"{model.folder}/{MODEL_FILE}"] = {"bytes": weights, "sha256": model.checkpoint.model_hash}
             sizes[f"{model.folder}/{META_FILE}"] = entry_of(model.meta_bytes)
-        return {"format": "nanochat-ray-published", "version": 1, "lineage": self.lineage, "files": sizes}
+        return {"format": FORMAT, "version": 1, "lineage": self.lineage, "files": sizes}
 
 
 def entry_of(data: bytes) -> dict[str, Any]:
@@ -126,9 +133,11 @@ def collect(run_dir: RunDir, sources: tuple[str, ...] | None = None, step: int |
     notes = _add_report(files, run_dir)
     lineage = _lineage(run_dir, tokenizer, models)
     files[CARD_FILE] = _card(run_dir.root.name, models, lineage).encode()
-    for path, data in files.items():
+    package = Package(run_dir.root.name, files, tuple(models), lineage, tuple(notes))
+    metas = {f"{model.folder}/{META_FILE}": model.meta_bytes for model in models}
+    for path, data in {**files, **metas, PUBLISHED_FILE: json_bytes(package.manifest())}.items():
         refuse_secrets(path, data)
-    return Package(run_dir.root.name, files, tuple(models), lineage, tuple(notes))
+    return package
 
 
 def allowed(value: Any, key: str) -> Any:
@@ -148,8 +157,12 @@ def refuse_secrets(path: str, data: bytes) -> None:
              if _SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and value in text]
     if names:
         raise ValueError(f"{path} holds the value of {names[0]}; take it out, then publish again")
-    if path.endswith((".json", ".md")) and (shape := _SECRET_SHAPE.search(text)):
-        raise ValueError(f"{path} holds what looks like a key ({shape[0][:8]}...); take it out, then publish again")
+    if not path.endswith((".json", ".md")):
+        return
+    if shape := _SECRET_SHAPE.search(text) or _KEY_PLACE.search(text):
+        raise ValueError(f"{path} holds what looks like a key ({shape[0][:6]}...); take it out, then publish again")
+    if any(PASSWORD.search(word) for word in text.split()):
+        raise ValueError(f"{path} holds what looks like a key (a URI with a password); take it out, then publish again")
 
 
 def published_with() -> dict[str, Any]:
@@ -164,10 +177,10 @@ def _add_stage(files: dict[str, bytes], run_dir: RunDir, stage: str, finished: b
     if path.is_file():
         config = read_json(path)
         kept = {key: allowed(value, key) for key, value in config.items() if key in CONFIG_KEYS}
-        files[f"{stage}/{CONFIG_FILE}"] = _json({key: value for key, value in kept.items() if value is not None})
+        files[f"{stage}/{CONFIG_FILE}"] = json_bytes({key: value for key, value in kept.items() if value is not None})
     if finished:
         done = read_json(run_dir.stage(stage) / DONE_FILE)
-        files[f"{stage}/{DONE_FILE}"] = _json({"finished_at": str(done.get("finished_at"))})
+        files[f"{stage}/{DONE_FILE}"] = json_bytes({"finished_at": str(done.get("finished_at"))})
 
 
 def _add_report(files: dict[str, bytes], run_dir: RunDir) -> list[str]:
@@ -183,6 +196,7 @@ def _add_report(files: dict[str, bytes], run_dir: RunDir) -> list[str]:
     for place, name in sorted(places.items(), key=lambda item: -len(item[0])):
         text = text.replace(place, name) if len(place) > 1 else text
     text = _OTHER_PATH.sub(r"<...>/\1", text)  # as of another machine on which a part of the run was made
+    text = _HOME.sub("<...>", text)
     files[f"{REPORT_STAGE}/{REPORT_FILE}"] = text.encode()
     for plot in sorted(folder.glob("*.png")):
         files[f"{REPORT_STAGE}/{plot.name}"] = plot.read_bytes()
@@ -230,7 +244,7 @@ def _card(tag: str, models: list[Model], lineage: Mapping[str, Any]) -> str:
         f"A nanochat-ray model: {config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads, "
         f"context {config.sequence_len}, {config.vocab_size:,} tokens. {trained}".rstrip(), "",
         "| model | step | val bpb | weights |", "| --- | ---: | ---: | --- |", *rows, "",
-        "The folder above this one is a storage for nanochat-ray:", "",
+        f"The folder with `{tag}/` in it is a storage for nanochat-ray:", "",
         f"    python jobs/chat_cli.py --storage FOLDER --model-tag {tag} -i {models[-1].source}", "",
         "`published.json` has the size and SHA-256 of every file and where the weights come from; `report/report.md`, "
         "if it is there, what was measured.", "",
@@ -247,5 +261,5 @@ def _last_name(source: str) -> str:
     return Path(source.partition("?")[0]).name
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

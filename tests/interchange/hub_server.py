@@ -66,8 +66,11 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(404, X_Error_Code="RepoNotFound")
             names = sorted(hub.repos[repo])
             if "/tree/" in path:
-                return self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names])
-            self.answer(200, {"id": repo, "sha": "c" * 40, "siblings": [{"rfilename": name} for name in names]})
+                return self.answer(200, [
+                    {"type": "file", "path": name, "size": len(hub.repos[repo][name]), "oid": "0"} for name in names
+                ])
+            siblings = [{"rfilename": name} for name in names]
+            self.answer(200, {"id": repo, "private": hub.private[repo], "sha": "c" * 40, "siblings": siblings})
 
         do_HEAD = do_GET
 

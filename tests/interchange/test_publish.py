@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import publish as publish_job
@@ -52,7 +53,7 @@ def plant(run_dir: RunDir) -> None:
     report.mkdir()
     (report / "report.md").write_text(
         f"# {TAG}\nfrom `{run_dir.root}`, data in /home/{PLANTED}/shards, bundle not in /srv/{PLANTED}/"
-        "bundle/core.yaml; see https://example.org/a/b/c\n"
+        "bundle/core.yaml; see https://example.org/a/b/c; home /home/alice\n"
     )
     (report / "loss.png").write_bytes(b"png")
     (report / "notes.txt").write_text(PLANTED)
@@ -119,6 +120,7 @@ def test_what_gets_out(made, place):
     assert config["tokenizer"] == "a" * 64 and "base_model" not in config
     report = found["report/report.md"].decode()
     assert "<run>" in report and "<data>/shards" in report and "<...>/core.yaml" in report
+    assert "alice" not in report
     assert "https://example.org/a/b/c" in report and "-i sft" in found["README.md"].decode()
 
 
@@ -158,6 +160,12 @@ def test_twice_is_once(made, place):
     assert contents(place) == before
 
 
+def wipe(root: Path) -> None:
+    if (remote := Remote.of(root)) is not None:
+        remote.delete(root)
+    shutil.rmtree(root, ignore_errors=True)
+
+
 class Broken(Exception):
     pass
 
@@ -184,7 +192,7 @@ def test_broken_off_anywhere_it_is_not_there_and_can_be_finished(made, place, ev
     n_writes = 10**9 - left[0]
     assert n_writes > 8
     for allowed_writes in range(0, n_writes, every):
-        publish_write._clear(RunDir.of(place, TAG).root)
+        wipe(RunDir.of(place, TAG).root)
         left[0] = allowed_writes
         with pytest.raises(Broken):
             publish(package, made, place)
@@ -221,6 +229,32 @@ def test_another_publication_is_taken_away_only_when_asked(made, place):
     assert json.loads(contents(place)[PUBLISHED_FILE])["lineage"]["models"]["sft"]["step"] == 20
 
 
+def test_nobody_elses_files_are_deleted(made, place):
+    """A publishing.json of something else, and a file that came in beside a publication, with and without --replace."""
+    package, other, root = collect(made), collect(made, ("sft",)), RunDir.of(place, TAG).root
+    for name, data, words in (("publishing.json", b'{"files": {"thesis.tex": 1}}', "of nothing"),
+                              ("thesis.tex", b"mine", "not empty")):  # fmt: skip
+        publish_write._write(root / "thesis.tex", b"mine")
+        publish_write._write(root / name, data)
+        with pytest.raises(ValueError, match=words):
+            publish(package, made, place, replace=True)
+        assert contents(place).keys() == {"thesis.tex", name}
+        wipe(root)
+    publish(package, made, place)
+    odd = "sft/checkpoints/step_000020/optim.pt"
+    publish_write._write(root / odd, b"moments")
+    before = contents(place)
+    for wanted in (package, other):
+        with pytest.raises(ValueError, match=f"not published: {odd}"):
+            publish(wanted, made, place, replace=True)
+    assert contents(place) == before
+    publish_write._delete(root / odd)
+    publish_write._delete(root / PUBLISHED_FILE)  # as of one that was broken off, of something else
+    publish_write._write(root / "publishing.json", before[PUBLISHED_FILE])
+    publish(other, made, place)
+    assert not [path for path in contents(place) if "pretrain/checkpoints" in path]
+
+
 def test_places_that_are_not_taken(made, tmp_path):
     package = collect(made)
     with pytest.raises(ValueError, match="the run itself"):
@@ -247,14 +281,20 @@ def test_keys_are_refused(made, monkeypatch):
     with pytest.raises(ValueError, match=r"report/report\.md holds the value of MY_API_KEY"):
         refuse_secrets("report/report.md", b"text a-key-of-this-machine text")
     for shape in ("AKIA" + "A" * 16, "hf_" + "a" * 34, "ghp_" + "b" * 36, "sk-" + "c" * 40,
-                  "-----BEGIN RSA PRIVATE KEY-----"):
+                  "-----BEGIN RSA PRIVATE KEY-----", "AIza" + "d" * 35, "WANDB_API_KEY: " + "0" * 40,
+                  "s3://name:secretsecret@bucket/x", "https://h/x?X-Amz-Signature=abcdef"):
         with pytest.raises(ValueError, match="looks like a key") as caught:
             refuse_secrets("x.md", f"text {shape} text".encode())
         assert shape not in str(caught.value) or len(shape) < 8
-    refuse_secrets("x.md", b"a short-key, a-key-of-another-machine, hf_short")
+    refuse_secrets("x.md", b"a short-key, a-key-of-another-machine, hf_short, commit: " + b"0" * 40
+                   + b", http://host:80/a and name@host, abfs://container@account")
     monkeypatch.setenv("MY_API_KEY", "https://example.org/a/b/c")  # which the report holds
     with pytest.raises(ValueError, match="MY_API_KEY"):
         collect(made)
+    for value, path in (('"optimizer": "MuonAdamW"', r"meta\.json"), ('"val": "b.parquet"', PUBLISHED_FILE)):
+        monkeypatch.setenv("MY_API_KEY", value)  # which nothing else holds
+        with pytest.raises(ValueError, match=f"{path} holds the value of MY_API_KEY"):
+            collect(made)
 
 
 def test_the_list_of_what_is_allowed():
@@ -287,6 +327,8 @@ def test_as_a_command(made, tmp_path, monkeypatch, capsys):
     call(publish_job, monkeypatch, TAG, to, "--storage", storage, "--sources", "base", "--replace")
     assert not (tmp_path / "public" / TAG / "sft").exists()
     assert (tmp_path / "public" / TAG / "pretrain" / "_SUCCESS").exists()
+    with pytest.raises(ValueError, match="--storage"):
+        call(publish_job, monkeypatch, "s3://a/b", to)
     with pytest.raises(FileNotFoundError, match="no run 'other'"):
         call(publish_job, monkeypatch, "other", to, "--storage", storage)
     with pytest.raises(SystemExit):

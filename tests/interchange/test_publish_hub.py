@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from nanochat_ray.interchange import publish_write
 from nanochat_ray.interchange.publish import collect
 from nanochat_ray.interchange.publish_write import publish
 from nanochat_ray.run_dir import RunDir, existing_run
@@ -58,14 +59,32 @@ def test_refused_then_again_then_another(hub: Hub, made):
         publish(package, made, f"hf://{REPO}", private=False)
     assert hub.repos[REPO] == {} and not hub.private[REPO]
     hub.refuse_commits = False
+    with pytest.raises(ValueError, match="for everybody to see"):
+        publish(package, made, f"hf://{REPO}")
+    hub.private[REPO] = True
     publish(package, made, f"hf://{REPO}")
+    del hub.repos[REPO][f"{TAG}/tokenizer/tokenizer.json"]
+    assert "published 9 files" in publish(package, made, f"hf://{REPO}")
+    assert f"{TAG}/tokenizer/tokenizer.json" in hub.repos[REPO]
     hub.repos[REPO][f"{TAG}/old.bin"] = b"of an earlier one"
     hub.repos[REPO]["LICENSE"] = b"stays"
+    with pytest.raises(ValueError, match=r"not published: old\.bin"):
+        publish(package, made, f"hf://{REPO}")
     package.lineage["note"] = "changed"
     with pytest.raises(ValueError, match="--replace"):
         publish(package, made, f"hf://{REPO}")
     publish(package, made, f"hf://{REPO}", replace=True)
     assert f"{TAG}/old.bin" not in hub.repos[REPO] and hub.repos[REPO]["LICENSE"] == b"stays"
+
+
+def test_a_full_disk_is_not_the_hubs(hub: Hub, made, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish_write, "_write", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        publish(collect(made), made, f"hf://{REPO}")
+    assert not isinstance(caught.value, ConnectionError)
 
 
 def test_without_the_extra_it_is_one_clear_line(made, monkeypatch):
