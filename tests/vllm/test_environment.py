@@ -1,4 +1,4 @@
-"""The script that makes the environment of these tests, with stand-ins for Python and pip that write down their calls."""
+"""The script that makes the environment of these tests, with a stand-in for Python that writes down its calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/vllm/environment.sh"
@@ -22,6 +24,7 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock here")
 def test_another_checkout_takes_the_place_of_the_last_one_and_a_new_recipe_begins_anew(tmp_path: Path) -> None:
     log, python = tmp_path / "log", tmp_path / "bin" / "python3"
     python.parent.mkdir()
