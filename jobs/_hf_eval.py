@@ -47,7 +47,7 @@ def evaluate(run_settings: RunSettings, settings: BaseEvalSettings, asked: Asked
     if not 1 <= sequence_len <= (lengths.max_len or sequence_len):
         raise ValueError(f"--hf-sequence-len {sequence_len}: {source.name} has {lengths.max_len} positions")
     bundle, no_bundle = core_bundle(run_settings, settings)
-    config = {
+    config: dict[str, Any] = {
         "settings": settings.identity(),
         "model": source.identity(),
         "sequence_len": sequence_len,

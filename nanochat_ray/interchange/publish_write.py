@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 PUBLISHING_FILE = "publishing.json"
 WITH = "published_with"
 HUB_SCHEME = "hf://"
-_HALF_WRITTEN = re.compile(r"(?:.*/)?\.[^/]+\.tmp(?:/[^/]+)?")  # left by a writer that was killed
+_HALF_WRITTEN = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{32}\.tmp(?:/[^/]+)?")  # left by a writer that was killed
 _MARK = re.compile(r"[0-9a-f]{32}-")  # before the name of a checkpoint's file in a store
 PUBLISHED_HOST = "published"  # a lease of nobody: a job may take it, and then trains on in this place
 LEASE = {"epoch": 0, "host": PUBLISHED_HOST, "pid": 0, "started": "0", "heartbeat": 0.0, "released": True}
@@ -275,10 +275,10 @@ def _clear(root: Path) -> None:
     """Take away an earlier publication: first what shows it, last what says that it is one."""
     _delete(root / LEASE_FILE)
     remote, last = Remote.of(root), (PUBLISHED_FILE, PUBLISHING_FILE)
-    for name in (remote.listing(root) if remote is not None else ()):
-        if name not in last:
+    if remote is not None:
+        for name in remote.listing(root).keys() - set(last):
             remote.patient().delete(root / name)
-    for path in (root.iterdir() if root.is_dir() else ()):
+    for path in list(root.iterdir()) if root.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name not in last:
