@@ -39,13 +39,19 @@ ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 def build(args: ServeSettings) -> serve.Application:
     """The application of a `serve_configs/` file; `args` are its `args`.
 
-    Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
+    Looks at the cluster for what is left open: how many replicas, on what. Where GPUs come after the head, or when
+    somebody waits for them, name the device cuda and `replicas`: those wait. FileNotFoundError that names the command
     if a run is not there.
     """
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
-        raise ValueError("device cuda: this cluster has no GPU; leave `device` out to take what there is")
+        if args.replicas is None:
+            raise ValueError(
+                "device cuda: this cluster has no GPU; leave `device` out to take what there is, or say how many "
+                "`replicas` are to wait for GPUs that come later"
+            )
+        gpus = args.replicas
     cpus = args.cpus or (1 if gpus else _cpus_each(args.max_replicas or args.replicas or 1))
     settings = args.model_copy(
         update={
