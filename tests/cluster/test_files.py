@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ import jsonschema
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
-from ray.autoscaler._private.aws.config import DEFAULT_RAY_INSTANCE_PROFILE
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -135,10 +135,26 @@ def test_keys_of_the_chat_stay_where_they_are(tmp_path):
         (tmp_path / name).unlink()
 
 
-def test_ray_makes_the_role_of_the_head():
-    kinds = read(FOLDER / "aws.yaml")["available_node_types"]
-    assert "IamInstanceProfile" not in kinds["head"]["node_config"]  # with one, Ray takes it for granted
-    assert kinds["gpus"]["node_config"]["IamInstanceProfile"] == {"Name": DEFAULT_RAY_INSTANCE_PROFILE}
+@pytest.mark.slow
+def test_ray_makes_the_role_of_the_head_and_workers_may_have_it(monkeypatch):
+    import boto3
+    import moto
+    from ray.autoscaler._private.aws import config as ray_aws
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setattr(ray_aws.time, "sleep", lambda _: None)
+    config = read(FOLDER / "aws.yaml") | {"head_node": {}}
+    workers = config["available_node_types"]["gpus"]["node_config"]["IamInstanceProfile"]["Name"]
+    (policy,) = re.findall(r"--policy-document '(.*?)'", (FOLDER / "README.md").read_text(), re.S)
+    with moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        made = ray_aws._configure_iam_role(config)["head_node"]["IamInstanceProfile"]["Arn"]
+        iam = boto3.client("iam", config["provider"]["region"])
+        profile = iam.get_instance_profile(InstanceProfileName=workers)["InstanceProfile"]
+        (role,) = profile["Roles"]
+        assert profile["Arn"] == made
+        iam.put_role_policy(RoleName=role["RoleName"], PolicyName="pass-itself", PolicyDocument=policy)
+        assert json.loads(policy)["Statement"][0]["Resource"] == "arn:aws:iam::*:role/" + role["RoleName"]
 
 
 def test_disks_are_in_the_zone_of_the_machines():
