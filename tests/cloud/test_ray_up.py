@@ -167,13 +167,15 @@ def test_up_and_down(name, written, machines, cloud):
     assert cloud.alive() == [] and cloud.count(LAUNCH) == 1
 
 
-def test_one_machine_needs_no_key_in_a_file(written, machines, cloud, home, monkeypatch):
+@pytest.mark.parametrize("name", FILES)
+def test_one_machine_needs_no_key_in_a_file(name, cloud, times, home, monkeypatch):
     monkeypatch.setenv("LAMBDA_API_KEY", (home / ".lambda_cloud/api_key").read_text())
     (home / ".lambda_cloud/api_key").unlink()
-    up(written("lambda.yaml"))
-    assert len(cloud.alive()) == 1
+    problems = LambdaNodeProvider.bootstrap_config(filled(name, cloud.url))["provider"]["problems"]
+    assert ["api_key" in each for each in problems] == ([] if name == "lambda.yaml" else [True])
 
 
+@pytest.mark.slow
 def test_no_second_head_beside_one_that_cannot_be_ended(written, machines, cloud):
     up(written("lambda.yaml"))
     cloud.stuck = set(cloud.alive())
@@ -182,6 +184,20 @@ def test_no_second_head_beside_one_that_cannot_be_ended(written, machines, cloud
     with pytest.raises(click.ClickException, match="still run and cost money"):
         up(written("lambda.yaml", available_node_types=config["available_node_types"]))
     assert cloud.count(LAUNCH) == 1
+
+
+def test_a_down_that_leaves_a_worker_fails(written, machines, cloud):
+    path = written("lambda_workers.yaml")
+    up(path)
+    head = cloud.instances[cloud.alive()[0]]
+    worker = cloud.launch({  # by the head, at the last moment
+        "instance_type_name": "gpu_1x_a10", "region_name": "us-east-1", "ssh_key_names": ["my-key"],
+        "tags": [each for each in head["tags"] if each["key"] in ("nr:launch", "ray-cluster-name")],
+    })["instance_ids"]  # fmt: skip
+    cloud.stuck = set(worker)
+    with pytest.raises(SystemExit) as caught:
+        down(path)
+    assert caught.value.code == 1 and cloud.alive() == worker
 
 
 def test_a_failed_up_leaves_nothing(written, machines, cloud):
