@@ -33,12 +33,12 @@ def planner_for(
     """A planner for what there is or is asked for; `ranks` unset: as many as the settings' workers will be there."""
     in_cluster = machine.where == "in the cluster"
     ranks = ranks or ranks_of(machine, run)
-    if machine.gpus and run.device_type != "cpu":
+    if on_gpus(machine, run):
         device = gpu(machine.gpu_name or "unknown GPU", memory_bytes or _local_memory(machine))
         dtype = run.dtype or os.environ.get("NANOCHAT_DTYPE") or ("bfloat16" if device.bf16 else "float32")
         if _is_here(machine):
             dtype = _dtype_of("cuda", run)
-        found = nodes or (_gpu_nodes() if in_cluster else _nodes_of(machine, ranks))
+        found = nodes or (_gpu_nodes() if in_cluster and machine.gpus else _nodes_of(machine, ranks))
     else:
         dtype, found = _dtype_of("cpu", run), 1
         device = _cpus_of(machine, ranks, dtype, in_cluster)
@@ -47,14 +47,21 @@ def planner_for(
     return Planner(Machines(device, ranks, min(found, ranks), machine.where), dtype, mfu_percent, between_gbit)
 
 
+def on_gpus(machine: Machine, run: RunSettings) -> bool:
+    """Whether ranks will have GPUs: those that are there, or those that a cluster gets when they are asked for."""
+    return bool(machine.gpus and run.device_type != "cpu") or (
+        machine.where == "in the cluster" and run.device_type == "cuda"
+    )
+
+
 def ranks_of(machine: Machine, run: RunSettings) -> int:
     """Of MIN:MAX workers as many as there are GPUs or, in a cluster without, CPUs for, and at least MIN, which are
     waited for. This machine's own CPUs have room for any number."""
     least, most = run.worker_range
     if not run.ray:
         return 1
-    if machine.gpus and run.device_type != "cpu":
-        return max(least, min(most, machine.gpus))
+    if on_gpus(machine, run):
+        return max(least, min(most, machine.gpus or most))
     return max(least, min(most, machine.cpus)) if machine.where == "in the cluster" else most
 
 
