@@ -180,7 +180,7 @@ def test_on_a_cluster_of_unknown_cpus_nothing_is_refused(tmp_path, capsys, monke
 def test_gpus_that_come_when_they_are_asked_for_are_planned_for(tmp_path, capsys):
     cluster = Machine(0, cpus=4, where="in the cluster")
     run = RunSettings(workers="16", storage=str(tmp_path), device_type="cuda")
-    _plan.announce(preset("d24", cluster).model_copy(update={"run": run}), cluster)
+    plan_job.announce(preset("d24", cluster).model_copy(update={"run": run}), cluster)
     assert "16 x unknown GPU" in capsys.readouterr().out
 
 
