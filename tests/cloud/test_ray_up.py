@@ -186,6 +186,7 @@ def test_no_second_head_beside_one_that_cannot_be_ended(written, machines, cloud
     assert cloud.count(LAUNCH) == 1
 
 
+@pytest.mark.slow
 def test_a_down_that_leaves_a_worker_fails(written, machines, cloud):
     path = written("lambda_workers.yaml")
     up(path)
