@@ -177,9 +177,10 @@ def test_on_a_cluster_of_unknown_cpus_nothing_is_refused(tmp_path, capsys, monke
     assert "object storage" in out and "not known" in out
 
 
-def test_gpus_that_come_when_they_are_asked_for_are_planned_for(tmp_path, capsys):
+def test_gpus_that_come_when_they_are_asked_for_are_planned_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "home"))
     cluster = Machine(0, cpus=4, where="in the cluster")
-    run = RunSettings(workers="16", storage=str(tmp_path), device_type="cuda")
+    run = RunSettings(workers="16", storage=f"file://{tmp_path}/store", device_type="cuda")
     plan_job.announce(preset("d24", cluster).model_copy(update={"run": run}), cluster)
     assert "16 x unknown GPU" in capsys.readouterr().out
 
