@@ -120,7 +120,7 @@ def test_gpus_that_torch_cannot_use_are_an_error_of_the_setup(path, tmp_path):
 
 
 def test_keys_of_the_chat_stay_where_they_are(tmp_path):
-    for path in OURS:
+    for path in FILES:
         assert "api_keys" in read(path)["rsync_exclude"]
     assert "**/api_keys" in (FOLDER / "kuberay" / "Dockerfile.dockerignore").read_text().split()
     for name in (".gitignore", ".rayignore"):
