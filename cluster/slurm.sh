@@ -33,8 +33,10 @@ unset OMP_NUM_THREADS
 # processes of the user on a node.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
+cpus=${SLURM_CPUS_PER_TASK:-$(nproc)}
+export SRUN_CPUS_PER_TASK=$cpus # srun does not take it from the allocation
 port=$((20000 + SLURM_JOB_ID % 10000))
-common=(--num-cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
+common=(--num-cpus="$cpus" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
         --temp-dir="/tmp/ray-$SLURM_JOB_ID" --dashboard-agent-listen-port=0 --block)
 steps=()
 finish() {

@@ -29,6 +29,13 @@ def positive(text: str) -> int:
     return value
 
 
+def percent(text: str) -> float:
+    value = above_zero(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text}: at most 100, percent of the peak")
+    return value
+
+
 def above_zero(text: str) -> float:
     value = float(text)
     if not (value > 0 and math.isfinite(value)):
@@ -44,7 +51,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory", type=above_zero, metavar="GIB", help="of one GPU; unset: by its type")
     group.add_argument("--nodes", type=positive, help="machines that the GPUs are on; unset: 8 GPUs each, or as found")
     group.add_argument("--interconnect", type=above_zero, metavar="GBIT", help="Gb/s of each node; unset: 400")
-    group.add_argument("--mfu", type=above_zero, help="percent of the peak, if you have measured it")
+    group.add_argument("--mfu", type=percent, help="percent of the peak, if you have measured it")
     group.add_argument("--context", type=positive, help="tokens of a stream when serving; unset: --max-seq-len")
     group.add_argument("--json", action="store_true", help="the whole plan as one JSON document")
 
@@ -62,7 +69,8 @@ def settings_of(flags: Flags, machine: Machine) -> SpeedrunSettings:
     pretrain, over_preset = flags.settings(PretrainSettings), flags.settings(PretrainSettings, chosen.pretrain)
     silent = pretrain == PretrainSettings() and over_preset == chosen.pretrain
     if flags.args.preset is None and not silent:
-        return SpeedrunSettings(run=flags.settings(RunSettings), pretrain=pretrain)
+        one_each = RunSettings(workers=str(max(1, machine.gpus)))
+        return SpeedrunSettings(run=flags.settings(RunSettings, one_each), pretrain=pretrain)
     changes = {"run": flags.settings(RunSettings, chosen.run), "pretrain": over_preset}
     return chosen.model_copy(update=changes)
 
@@ -76,6 +84,10 @@ def cli() -> None:
         flags.fail("--gpus needs --gpu-type, such as H100")
     if args.gpus is not None and (args.nodes or 1) > args.gpus:
         flags.fail(f"--nodes {args.nodes} is more than --gpus {args.gpus}")
+    if args.gpus is not None and run.device_type == "cpu":
+        flags.fail("--gpus and --device-type cpu contradict each other: leave one of them out")
+    if args.gpus is not None and run.worker_range[0] > args.gpus:
+        flags.fail(f"--workers {run.workers} is more than --gpus {args.gpus}")
     machine = Machine(args.gpus, args.gpu_type, where="as asked for") if args.gpus else find_machine(run.ray)
     settings = settings_of(flags, machine)
 

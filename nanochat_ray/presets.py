@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from nanochat_ray.config import (
     BaseEvalSettings,
@@ -65,9 +66,11 @@ NO_FP8_GPUS = r"v100|a100|a800|a10g?\b|a30\b|a40\b|rtx 30|mi\d"
 def _gpu(name: str, machine: Machine) -> SpeedrunSettings:
     depth, ratio, rows = GPU_PRESETS[name]
     fp8 = name == "d24" and not re.search(NO_FP8_GPUS, machine.gpu_name.lower())
+    # A cluster's GPUs may come only when they are asked for.
+    device_type: Literal["cuda"] | None = "cuda" if machine.where == "in the cluster" else None
     return SpeedrunSettings(
         preset=name,
-        run=RunSettings(model_tag=name, workers=str(max(1, machine.gpus)), data="climbmix"),
+        run=RunSettings(model_tag=name, workers=str(max(1, machine.gpus)), data="climbmix", device_type=device_type),
         pretrain=PretrainSettings(depth=depth, target_param_data_ratio=ratio, device_batch_size=rows, fp8=fp8),
         sft=SFTSettings(device_batch_size=min(rows, 16)),
     )

@@ -43,6 +43,7 @@ class Instance:
     tags: Mapping[str, str]
     ip: str | None = None  # public; missing while it boots
     private_ip: str | None = None
+    ssh_key_names: tuple[str, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -62,6 +63,7 @@ class Instance:
             tags={tag["key"]: tag["value"] for tag in fields.get("tags") or ()},
             ip=fields.get("ip"),
             private_ip=fields.get("private_ip"),
+            ssh_key_names=tuple(fields.get("ssh_key_names") or ()),
         )
 
 

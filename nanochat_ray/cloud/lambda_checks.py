@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ PROVIDER_KEYS = frozenset(
 INJECTED = frozenset(  # by Ray or by the provider itself
     {"node_types", "needed", "problems", "private_key", "on_head", "_config_cache_path"}
 )
+BASE_DIR = re.compile(r"export NANOCHAT_BASE_DIR=/lambda/nfs/([^/\s]+)")
 PROJECT = "nanochat-ray"  # the name of the project's folder on the machines
 RAY_MEMORY_FRAC = 0.7  # Ray sets 30 % of a machine's memory aside for its object store
 # The name that Ray gives to a GPU where it is not the one in Lambda's name of the type.
@@ -58,7 +60,23 @@ def of_cluster(config: Mapping[str, Any]) -> list[str]:
         found.append(f"auth: there is no private key {private_key}")
     for remote, local in config.get("file_mounts", {}).items():
         found += of_mount(remote, local)
-    return found
+    return found + of_base_dir(config)
+
+
+def of_base_dir(config: Mapping[str, Any]) -> list[str]:
+    """Whether the folder of the runs is on a file system of all machines: else they are lost with the machine."""
+    lines = [line for each in config.get("head_setup_commands", ()) for line in each.splitlines()]
+    names = {found[1] for line in lines if (found := BASE_DIR.match(line.strip()))}
+    problems = []
+    for name, node_type in config["available_node_types"].items():
+        node = node_type["node_config"]
+        lacking = names - set(node.get("file_system_names") or ())
+        if lacking and not node.get("file_system_mounts"):  # those are named by ids; setup looks whether they are there
+            problems.append(
+                f"available_node_types.{name}.node_config: file_system_names has no {', '.join(sorted(lacking))}, "
+                "where NANOCHAT_BASE_DIR in setup_commands keeps the runs"
+            )
+    return problems
 
 
 def of_mount(remote: str, local: str) -> list[str]:

@@ -65,6 +65,7 @@ class LambdaNodeProvider(NodeProvider):
         self._tokens: dict[str, str] = {}  # launch token -> the instance that we were given for it
         self._unhealthy: dict[str, float] = {}  # since when
         self._refusals: dict[str, int] = {}
+        self._ended: set[str] = set()  # by this process
         self._unfinished: dict[str, str | None] = {}  # launch token -> id of a head that is not up yet
         self._given_back: list[tuple[str, str]] = []  # type and region of a head that is being replaced
         self._watching_exit = False
@@ -79,8 +80,12 @@ class LambdaNodeProvider(NodeProvider):
         return [each for each in sorted(nodes) if tag_filters.items() <= self.node_tags(each).items()]
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
-        """The same, unhealthy ones too: they cost as much."""
-        return [each for each in sorted(self._look(fresh=True)) if tag_filters.items() <= self.node_tags(each).items()]
+        """The same, unhealthy ones too: they cost as much. LambdaError says what `ray down` has done so far."""
+        try:
+            nodes = self._look(fresh=True)
+        except LambdaError as trouble:
+            raise LambdaError(self._may_run(str(trouble)), trouble.code, trouble.status) from None
+        return [each for each in sorted(nodes) if tag_filters.items() <= self.node_tags(each).items()]
 
     def is_running(self, node_id: str) -> bool:
         node = self._node(node_id)
@@ -224,7 +229,7 @@ class LambdaNodeProvider(NodeProvider):
     # --- tags ---------------------------------------------------------------------------------------------------------
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        """Change Ray's tags. The failed setup of a head that this process launched ends the head."""
+        """Change Ray's tags. The failed setup of a head that this process launched ends the head; others run on."""
         with self._lock:
             others = list(self._nodes)
         self._later.set(node_id, tags, others)
@@ -238,17 +243,26 @@ class LambdaNodeProvider(NodeProvider):
                 cli_logger.warning("{} runs on and costs money (keep_failed_head): end it with ray down", node_id)
             else:
                 self._end_unfinished()
+        elif status == STATUS_UPDATE_FAILED and not self._on_head:
+            cli_logger.warning("{} was there before, runs on and costs money: ray up again, or ray down", node_id)
+        if status == STATUS_UP_TO_DATE and not self._on_head:
+            self._tell_others()
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def terminate_node(self, node_id: str) -> None:
-        """End one. Ray calls this for a head that it will replace: not before the new one is known to be possible."""
+        """End one, or LambdaError. Ray calls this for a head that it will replace, and launches the other at once.
+
+        So nothing is ended that is somebody else's, and nothing before the new one is known to be possible.
+        """
         node = self._node(node_id)
         is_head = self.node_tags(node_id).get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD
         if node and is_head and "node_types" in self.provider_config:
+            self._refuse_others(node)
             self._given_back.append((node.type_name, node.region))
             self._refuse_problems()
-        self.terminate_nodes([node_id])
+        if failed := self._end([node_id]):
+            raise LambdaError(self._left_running(failed))
 
     def terminate_nodes(self, node_ids: list[str]) -> None:
         """End them all; LambdaError names those that Lambda does not end and what is left to do by hand.
@@ -267,16 +281,22 @@ class LambdaNodeProvider(NodeProvider):
         """The end of `ray down`: what the head started while it was being ended is found and ended too."""
         had_workers = len(self.provider_config.get("node_types", ())) > 1
         deadline = time.monotonic() + (self.times.settle_s if had_workers else 0)
-        failed: dict[str, LambdaError] = {}
-        while True:
-            if late := list(self._look(fresh=True)):
-                cli_logger.warning("Ending {}: started by the head while it was going down", ", ".join(late))
-                failed = self._end(late)
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(self.times.settle_s / 5)
-        if failed:
-            cli_logger.error("{}", self._left_running(failed))
+        try:
+            while True:
+                late = list(self._look(fresh=True))
+                if late:
+                    cli_logger.warning("Ending {}: started by the head while it was going down", ", ".join(late))
+                failed = self._end(late) if late else {}
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(self.times.settle_s / 5)
+            problem = self._left_running(failed) if failed else ""
+        except LambdaError as trouble:
+            problem = self._may_run(str(trouble))
+        if problem:  # an Exception would be a word about another cloud's leftovers, and the exit code of a success
+            cli_logger.error("{}", problem)
+            raise SystemExit(1)
+        self._tell_others()
 
     def _end(self, node_ids: Sequence[str]) -> dict[str, LambdaError]:
         """End what can be ended; why not, for the rest. Instances that Lambda does not know are ended."""
@@ -297,6 +317,7 @@ class LambdaNodeProvider(NodeProvider):
             except LambdaError as trouble:
                 failed[node_id] = trouble
         with self._lock:
+            self._ended.update(ended)
             for node_id in ended:
                 self._launched.pop(node_id, None)
         if ended:
@@ -312,6 +333,39 @@ class LambdaNodeProvider(NodeProvider):
             what = f" ({node.name}, {node.type_name}, {node.usd_per_hour:.2f} USD an hour)" if node else ""
             lines.append(f"\n  - {node_id}{what}: {trouble}")
         return f"These instances still run and cost money; end them at {URL}/instances:{''.join(lines)}\n"
+
+    def _may_run(self, trouble: str) -> str:
+        """What `ray down` must say when it cannot see what is left."""
+        done = f"{len(self._ended)} of its instances were ended" if self._ended else "nothing was ended"
+        return (
+            f"{trouble}\nThe cluster {self.cluster_name} may still run and cost money: {done}. "
+            f"Run ray down again, and look at {URL}/instances."
+        )
+
+    def _refuse_others(self, head: Instance) -> None:
+        """LambdaError for a head with another ssh key than the file's: it may be another person's."""
+        types = self.provider_config["node_types"].values()
+        keys = {key for each in types for key in each.get("ssh_key_names") or ()}
+        if head.ssh_key_names and not keys & set(head.ssh_key_names):
+            raise LambdaError(
+                f"the running head {head.id} of {self.cluster_name} has the ssh key {', '.join(head.ssh_key_names)}, "
+                f"not {', '.join(sorted(keys))}, and is not replaced. If it is another person's, change cluster_name; "
+                "if it is yours, run ray down first."
+            )
+
+    def _tell_others(self) -> None:
+        """Name what else runs in the account by this provider: the cluster may have had another name."""
+        try:
+            listed = self._api.instances().values()
+        except LambdaError:
+            return  # what was asked for is done
+        others = [each for each in listed if each.alive and TOKEN in each.tags and not self._ours(each)]
+        for each in others:
+            name = decode(each.tags).get(TAG_RAY_CLUSTER_NAME, "?")
+            cli_logger.warning(
+                "Also running in this account: {} of the cluster {} ({}, {:.2f} USD an hour)",
+                each.id, name, each.type_name, each.usd_per_hour,
+            )  # fmt: skip
 
     # --- nothing left running by accident -----------------------------------------------------------------------------
 
@@ -332,6 +386,9 @@ class LambdaNodeProvider(NodeProvider):
             deadline, waiting_s = time.monotonic() + self.times.end_s, self.times.backoff_s
             try:
                 node_id = known or self._api.launched(token)
+                if node_id is None:
+                    text = "No instance with the tag {}={} is seen; it may still come, and cost money: see {}/instances"
+                    cli_logger.warning(text, TOKEN, token, URL)
                 while node_id:
                     failed = self._end([node_id])
                     if not failed:

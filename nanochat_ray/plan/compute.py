@@ -64,7 +64,7 @@ def expected_speed(
     """FLOP/s of one rank while it trains; `mfu_percent` is the person's own figure."""
     peak = device.peak_flops
     if peak is None:
-        return Speed(None, None, None, "unknown", f"no figures for {device.name}: give --mfu and a --gpu-type known")
+        return Speed(None, None, None, "unknown", f"no peak known for {device.name}: take a --gpu-type that is known")
     if mfu_percent is not None:
         flops = peak * mfu_percent / 100
         return Speed(flops, flops, peak, "measured", "--mfu, your own figure")

@@ -14,6 +14,7 @@ from nanochat_ray.plan.state import FP32_BYTES, Shapes
 
 BLOCK_SIZE = 16  # positions, as the engine has it
 CHUNK_TOKENS = 256  # prompt tokens of a step, as the server has it
+MAX_ROWS = 64  # streams that are decoded together, as the server and the engine have it
 COPIES = 3  # a step reads the pages, writes them side by side and reads those
 
 
@@ -27,13 +28,16 @@ class Serving:
     kv_bytes_per_stream: int  # the most that a stream of `context` tokens holds at a time
     block_bytes: int  # all layers' pages of the same positions
     streams: int | None  # at that context, of the memory that the engine takes
+    max_rows: int  # of them that are decoded together
     step_bytes_one: int  # that a decoding step of one stream must read
     step_s_one: float | None
-    tok_per_s_all: float | None  # of all streams together, at the bound
+    tok_per_s_all: float | None  # of all streams that are decoded together, at the bound
 
 
-def serving(config: ModelConfig, shapes: Shapes, device: Device, dtype_bytes: int, context: int) -> Serving:
-    """A replica that answers streams of `context` tokens (at most the configured length)."""
+def serving(
+    config: ModelConfig, shapes: Shapes, device: Device, dtype_bytes: int, context: int, max_rows: int = MAX_ROWS
+) -> Serving:
+    """A replica that answers streams of `context` tokens (at most the configured length), `max_rows` at a time."""
     context = min(context, config.sequence_len)
     lefts, layers = kinds_of(config)
     page = 2 * config.n_kv_head * BLOCK_SIZE * config.head_dim * dtype_bytes
@@ -52,9 +56,10 @@ def serving(config: ModelConfig, shapes: Shapes, device: Device, dtype_bytes: in
         moved = products + n * COPIES * kv_read_bytes(config, context, dtype_bytes)
         return max(moved / device.bandwidth, n * decode_flops(config, context) / device.peak_flops)
 
-    all_s = bound_s(streams) if streams else None
+    rows = min(streams, max_rows) if streams else 0
+    all_s = bound_s(rows) if rows else None
     return Serving(
-        context, weights, kv_bytes_per_token(config, dtype_bytes), held, page * config.n_layer, streams,
+        context, weights, kv_bytes_per_token(config, dtype_bytes), held, page * config.n_layer, streams, max_rows,
         products + COPIES * kv_read_bytes(config, context, dtype_bytes), bound_s(1),
-        streams / all_s if streams and all_s else None,
+        rows / all_s if all_s else None,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from nanochat_ray.model.fp8 import TURN_OFF
 from nanochat_ray.plan.hardware import PRICE_SOURCE, price_per_gpu_hour
-from nanochat_ray.plan.memory import GIB, USABLE_FRAC, Memory
+from nanochat_ray.plan.memory import USABLE_FRAC, Memory
 from nanochat_ray.plan.network import EFFICIENCY, INTERCONNECTS_GBIT, OVERLAP
 from nanochat_ray.plan.stages import total_s
 from nanochat_ray.plan.whole import RunPlan
+from nanochat_ray.report.text import size
 
 NOT_MODELLED = (
     "torch.compile, which may keep fewer activations; the engine's cache and SFT's own batch while those stages run",
@@ -17,6 +19,9 @@ NOT_MODELLED = (
     "the length of real conversations and completions: SFT, RL and evaluations of chat may take half or twice as long",
     "transfers out of a cloud, storage that costs money, machines that wait while a person looks at results",
 )
+
+
+NO_FP8 = "{} cannot train in fp8 (NVIDIA GPUs of compute capability 8.9 or later can): " + TURN_OFF
 
 
 def price_per_hour(plan: RunPlan) -> tuple[float | None, str]:
@@ -103,18 +108,18 @@ def parts(memory: Memory) -> dict[str, int]:
 
 
 def problems(plan: RunPlan) -> list[str]:
-    """What does not fit by this plan, with the flag that helps."""
-    memory_bytes, memory = plan.machines.device.memory_bytes, plan.own_memory
-    if memory_bytes is None or memory.fits(memory_bytes):
-        return []
-    largest = plan.largest_rows[plan.parallel]
+    """What cannot work by this plan, with the flag that helps."""
+    no_fp8 = [f"NO FP8: {NO_FP8.format(plan.machines.name)}"] if plan.lacks_fp8 else []
+    if plan.fits is not False:
+        return no_fp8
+    memory, largest = plan.own_memory, plan.largest_rows[plan.parallel]
     if largest:
-        return [f"DOES NOT FIT: {size(memory.peak)}; --device-batch-size {largest} does"]
+        return [*no_fp8, f"DOES NOT FIT: {size(memory.peak)}; --device-batch-size {largest} does"]
     others = [name for name, rows in plan.largest_rows.items() if rows]
     helps = f"--parallel {others[-1]} --device-batch-size {plan.largest_rows[others[-1]]} does" if others else (
         "no strategy and no batch size does: take a smaller --depth"
     )
-    return [f"DOES NOT FIT: {size(memory.peak)}; {helps}"]
+    return [*no_fp8, f"DOES NOT FIT: {size(memory.peak)}; {helps}"]
 
 
 def speed_lines(plan: RunPlan) -> list[str]:
@@ -138,7 +143,7 @@ def network_lines(plan: RunPlan) -> list[str]:
         f"COMMUNICATION OF ONE STEP{rate}  [bytes of sharded and ddp: exact; seconds modelled: rings at "
         f"{EFFICIENCY:.0%} of the slowest link]"
     ]
-    for name, one in plan.traffic.items():
+    for name, one in plan.traffic.items() if plan.machines.ranks > 1 else ():
         seconds = "link not known" if one.seconds is None else f"{one.seconds:.3g} s, exposed {one.exposed_s:.3g} s"
         lines.append(f"  {name:<9} a rank sends {size(one.sent_bytes):>10}: {seconds} ({OVERLAP[name]})")
     if plan.by_nodes:
@@ -169,12 +174,15 @@ def cost_lines(plan: RunPlan) -> list[str]:
 
 def serving_lines(plan: RunPlan) -> list[str]:
     s, device = plan.serving, plan.machines.device
-    streams = "memory not known" if s.streams is None else f"{s.streams:,} streams"
+    streams = "memory not known" if s.streams is None else f"memory holds {s.streams:,} streams"
+    rows = min(s.streams or 0, s.max_rows)
+    if s.streams and s.streams > rows:
+        streams += f", {rows} of them are decoded together (max_rows)"
     bound = ""
     if s.step_s_one and s.tok_per_s_all:
         bound = (
             f"; bound by memory's bandwidth or FLOPs: {1 / s.step_s_one:,.0f} tokens/s for one stream, "
-            f"{s.tok_per_s_all:,.0f} for all"
+            f"{s.tok_per_s_all:,.0f} for {rows}"
         )
     return [
         f"SERVING on one {'CPU worker' if device.on_cpu else 'GPU'}  [bytes: exact; streams and bounds: modelled]",
@@ -226,15 +234,6 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         },
         "not_modelled": list(NOT_MODELLED),
     }
-
-
-def size(n: float) -> str:
-    """Bytes with a unit, three figures."""
-    for unit, factor in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= factor:
-            value = n / factor
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{n:.0f} B" if n else "0"
 
 
 def span(seconds: float | None) -> str:

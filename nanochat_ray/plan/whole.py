@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from nanochat_ray.plan.compute import Speed, expected_speed, optimizer_flops
 from nanochat_ray.plan.hardware import Machines
 from nanochat_ray.plan.memory import Memory, MemoryPlan
 from nanochat_ray.plan.network import INTERCONNECTS_GBIT, NODE_COUNTS, Traffic, traffic
-from nanochat_ray.plan.serving import Serving, serving
-from nanochat_ray.plan.stages import Disk, StageCost, disk, stage_costs
+from nanochat_ray.plan.serving import MAX_ROWS, Serving, serving
+from nanochat_ray.plan.stages import Disk, StageCost, disk, shards_to_have, stage_costs
 from nanochat_ray.plan.state import Shapes
+from nanochat_ray.presets import NO_FP8_GPUS
 from nanochat_ray.stages.parallel import STRATEGIES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,6 +72,18 @@ class RunPlan:
     def own_memory(self) -> Memory:
         """Of the strategy and the device batch size that the settings name."""
         return self.memory[self.parallel]
+
+    @property
+    def fits(self) -> bool | None:
+        """By the plan's own figure; None if the device's memory is not known."""
+        memory_bytes = self.machines.device.memory_bytes
+        return None if memory_bytes is None else self.own_memory.fits(memory_bytes)
+
+    @property
+    def lacks_fp8(self) -> bool:
+        """Whether fp8 was asked for and the device is known to have none that `check_fp8` would take."""
+        device = self.machines.device
+        return self.fp8 is not None and (device.on_cpu or bool(re.search(NO_FP8_GPUS, device.name.lower())))
 
     @property
     def tok_per_s(self) -> float | None:
@@ -127,16 +141,21 @@ class Planner:
             )
         exposed = sent[parallel].exposed_s
         step_s = None if compute_s is None else compute_s + (exposed or 0.0)
-        served = serving(config, shapes, device, compute.dtype_bytes, context or config.sequence_len)
-        files = disk(settings, training, shapes, device.on_cpu)
-        costs = stage_costs(settings, training, machines.ranks, speed.flops, step_s, served, files, device.on_cpu)
+        shards = shards_to_have(settings, training, device.on_cpu)
+
+        def serve(tokens: int, max_rows: int = MAX_ROWS) -> Serving:
+            return serving(config, shapes, device, compute.dtype_bytes, tokens, max_rows)
+
+        costs = stage_costs(
+            settings, training, machines.ranks, speed.flops, step_s, serve, shards, device.on_cpu
+        )
         return RunPlan(
             settings, machines, training, self.dtype, compute.fp8,
             {name: memory.at(name, rows) for name in STRATEGIES},
             {name: memory.largest_rows(name, device.memory_bytes) if device.memory_bytes else None
              for name in STRATEGIES},
             speed, sent, self.between_gbit, compute_s, step_s, self._by_nodes(training, shapes, speed, parallel, rows),
-            files, costs, served,
+            disk(settings, training, shapes, shards, costs), costs, serve(context or config.sequence_len),
         )
 
     def _compute_s(self, training: Plan, speed: Speed, ranks: int, parallel: str) -> float | None:

@@ -7,7 +7,7 @@ import json
 from nanochat_ray.report.records import plain
 from nanochat_ray.report.status import WORDS, Holder, RunStatus, StageStatus
 from nanochat_ray.report.status_failures import Failure
-from nanochat_ray.report.text import duration
+from nanochat_ray.report.text import duration, size
 
 VALUE_WORDS = {
     "loss": ("loss", ".4f"), "val_bpb": ("val bpb", ".4f"), "tok_per_sec": ("tok/s", ",.0f"), "mfu": ("MFU %", ".1f"),
@@ -76,7 +76,7 @@ def checkpoint_words(stage: StageStatus) -> str:
     saved = stage.checkpoint
     if saved is None:
         return "no checkpoint yet"
-    return f"last checkpoint: step {saved.step:,}, {duration(saved.age_s)} old, {size_words(saved.bytes)}"
+    return f"last checkpoint: step {saved.step:,}, {duration(saved.age_s)} old, {size(saved.bytes)}"
 
 
 def holder_words(holder: Holder) -> str:
@@ -94,12 +94,5 @@ def failure_words(failure: Failure, now_s: float) -> str:
 
 
 def disk_words(status: RunStatus) -> str:
-    free = "" if status.disk_free_bytes is None else f", {size_words(status.disk_free_bytes)} free"
-    return f"{size_words(status.disk_bytes)} here{free}"
-
-
-def size_words(n_bytes: int) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes} bytes"
+    free = "" if status.disk_free_bytes is None else f", {size(status.disk_free_bytes)} free"
+    return f"{size(status.disk_bytes)} here{free}"

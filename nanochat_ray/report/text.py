@@ -40,6 +40,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def size(n_bytes: float) -> str:
+    """Bytes with a unit, three figures."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= factor:
+            value = n_bytes / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{n_bytes:.0f} B" if n_bytes else "0"
+
+
 def money(amount: float | None) -> str:
     return ABSENT if amount is None else f"${amount:,.2f}"
 

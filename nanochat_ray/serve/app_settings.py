@@ -51,7 +51,7 @@ class ServeSettings(Settings):
     top_k: int = Field(50, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(512, ge=1)
-    replicas: int | None = Field(None, ge=1, description="unset: one per GPU of the cluster, without GPU one")
+    replicas: int | None = Field(None, ge=1, description="unset: one per GPU that is there, without GPU one")
     max_replicas: int | None = Field(None, ge=1, description="more than `replicas`: Serve adds some when there is work")
     cpus: int | None = Field(None, ge=1, description="and threads, of a replica; unset: share of a node, on a GPU 1")
     stream_interval_s: float = Field(0.04, ge=0, description="at least, between chunks of a stream; the first at once")

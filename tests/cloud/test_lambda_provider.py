@@ -275,6 +275,100 @@ def test_a_ctrl_c_within_a_launch_leaves_nothing(make, cloud, monkeypatch):
     assert cloud.alive() == []
 
 
+def ready(cloud: Any, **machine: Any) -> dict[str, Any]:
+    """The provider's part of a cluster's file, as Ray hands it on."""
+    types = {"head": {"node_config": {**MACHINE, **machine}}}
+    config = cluster(available_node_types=types, provider={"type": "external", "api_url": cloud.url})
+    return LambdaNodeProvider.bootstrap_config(config)["provider"]
+
+
+def test_a_head_that_cannot_be_ended_is_not_replaced(make, cloud):
+    node = only(make().create_node(MACHINE, HEAD, 1))
+    cloud.stuck = {node}
+    with pytest.raises(LambdaError, match=rf"still run and cost money(.|\n)*{node}"):
+        make(**ready(cloud)).terminate_node(node)
+
+
+def test_a_head_of_somebody_else_is_not_replaced(make, cloud):
+    cloud.ssh_keys["other"] = cloud.ssh_keys["my-key"]
+    node = only(make().create_node(MACHINE, HEAD, 1))
+    with pytest.raises(LambdaError, match="has the ssh key my-key, not other, and is not replaced"):
+        make(**ready(cloud, ssh_key_names=["other"])).terminate_node(node)
+    assert cloud.alive() == [node]
+
+
+def silent(cloud: Any, *providers: LambdaNodeProvider) -> None:
+    """Lambda answers no more."""
+    cloud.faults = [Fault(request, 500, times=10_000) for request in (LIST, TERMINATE)]
+    for each in providers:
+        each._api.times = replace(each._api.times, patience_s=0.1)
+
+
+def test_a_down_that_cannot_see_says_what_may_run(make, cloud):
+    first, second = make(), make()
+    nodes = list(first.create_node(MACHINE, WORKER, 2))
+    second.terminate_nodes(nodes[:1])
+    silent(cloud, first, second)
+    with pytest.raises(LambdaError, match=r"cluster c may still run and cost money: nothing was ended.*https://"):
+        first.nodes_for_teardown({})
+    with pytest.raises(LambdaError, match="1 of its instances were ended"):
+        second.nodes_for_teardown({})
+
+
+def test_a_down_that_leaves_something_fails(make, cloud, capsys):
+    laptop = make()
+    node = only(make().create_node(MACHINE, WORKER, 1))
+    cloud.stuck = {node}
+    with pytest.raises(SystemExit) as caught:
+        laptop.cleanup_cluster_resources()
+    said = capsys.readouterr()
+    assert caught.value.code == 1 and "still run and cost money" in said.out + said.err and node in said.out + said.err
+    silent(cloud, laptop)
+    with pytest.raises(SystemExit):
+        laptop.cleanup_cluster_resources()
+    said = capsys.readouterr()
+    assert "may still run and cost money" in said.out + said.err
+
+
+def test_a_cluster_of_another_name_is_named_at_the_end_of_up_and_down(make, cloud, capsys):
+    other = only(make("old-name").create_node(MACHINE, HEAD, 1))
+    cloud.launch({**MACHINE, "tags": [{"key": "mine", "value": "x"}]})  # by hand: not our business
+    provider = make()
+    node = only(provider.create_node(MACHINE, HEAD, 1))
+    capsys.readouterr()
+    for end in (
+        lambda: provider.set_node_tags(node, {TAG_RAY_NODE_STATUS: "up-to-date"}),
+        lambda: (provider.terminate_nodes([node]), provider.cleanup_cluster_resources()),
+    ):
+        end()
+        said = "".join(capsys.readouterr())
+        assert said.count("Also running") == 1
+        assert f"{other} of the cluster old-name (gpu_1x_a10, 0.75 USD an hour)" in " ".join(said.split())
+
+
+def test_a_head_that_was_there_before_a_failed_up_is_named(make, cloud, capsys):
+    node = only(make().create_node(MACHINE, HEAD, 1))
+    provider = make()
+    provider.non_terminated_nodes({})
+    capsys.readouterr()
+    provider.set_node_tags(node, {TAG_RAY_NODE_STATUS: "update-failed"})
+    assert f"{node} was there before, runs on and costs money" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_launch_that_is_not_seen_is_named(make, cloud, monkeypatch, capsys):
+    provider = make()
+
+    def cut(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(provider._api, "launch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        provider.create_node(MACHINE, HEAD, 1)
+    provider._end_unfinished()
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "is seen; it may still come, and cost money: see https://" in said
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,12 +100,45 @@ def test_files_are_what_ray_takes(name, cloud, times, home):
 def test_files_say_what_they_must(name):
     text = (CLUSTER / name).read_text()
     config = yaml.safe_load(text)
-    assert sum("EDIT" in line and not line.startswith("#") for line in text.splitlines()) == 4
+    assert sum("EDIT" in line and not line.startswith("#") for line in text.splitlines()) == 6
     commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     starts = [each for each in commands if "ray start" in each]
     assert all("cd ~/nanochat-ray" in each and "--metrics-export-port=8080" in each for each in starts)
     assert "RAY_AUTH_MODE=token" in config["setup_commands"][0]
     assert not any(pattern.startswith(".git") for pattern in config["rsync_exclude"])  # reports name the commit
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_runs_are_kept_on_a_file_system_that_all_machines_have(name, cloud, times, home):
+    config = filled(name, cloud.url)
+    config["available_node_types"]["head"]["node_config"]["file_system_names"] = ["other"]
+    (problem,) = LambdaNodeProvider.bootstrap_config(config)["provider"]["problems"]
+    assert "head.node_config: file_system_names has no my-files, where NANOCHAT_BASE_DIR" in problem
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("well", [True, False])
+def test_setup_fails_without_file_system_and_without_usable_gpus(name, well, tmp_path):
+    config = yaml.safe_load((CLUSTER / name).read_text())
+    everything = config["setup_commands"] + config["worker_setup_commands"]
+    base, vendor = "/proc" if well else tmp_path, tmp_path / "vendor"
+    (tmp_path / ".nanochat-ray.sh").write_text(f"export NANOCHAT_BASE_DIR={base}/nanochat-ray")
+    vendor.write_text("0x10de")
+    python = tmp_path / ".nanochat-ray/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nexit {int(not well)}\n")
+    python.chmod(0o755)
+    for what, old, new, said in (
+        ("mountpoint", "timeout 300", "timeout 0.1", f"no file system is mounted at {base}"),
+        ("torch", "/sys/bus/pci/devices/*/vendor", str(vendor), "an NVIDIA driver 580 or later"),
+    ):
+        (command,) = [each for each in everything if what in each]
+        line = f"({command.replace(old, new)})"  # as Ray runs it
+        ran = subprocess.run(["bash", "-c", line], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+                             capture_output=True, text=True, timeout=60)  # fmt: skip
+        assert (ran.returncode == 0) == well and (said in ran.stdout) == (not well), ran
+    vendor.write_text("0x8086")
+    assert subprocess.run(["bash", "-c", line], env={"HOME": str(tmp_path)}, timeout=60).returncode == 0
 
 
 # --- up and down ------------------------------------------------------------------------------------------------------
@@ -116,8 +150,12 @@ def test_up_and_down(name, written, machines, cloud):
     up(path)
     (head,) = cloud.alive()
     ran = machines.run_on(head)
-    assert ran[0] == "uptime" and ran[-2].endswith("ray stop") and "--autoscaling-config" in ran[-1]
-    assert {"~/nanochat-ray/", "~/.ray/auth_token", "~/.lambda_cloud/api_key"} <= set(machines.files_on(head))
+    has_key = name == "lambda_workers.yaml"  # it starts the workers
+    assert ran[0] == "uptime" and ran[-2].endswith("ray stop")
+    assert "ray start --head" in ran[-1] and ("--autoscaling-config" in ran[-1]) == has_key
+    assert {"~/nanochat-ray/", "~/.ray/auth_token"} <= set(machines.files_on(head))
+    assert ("~/.lambda_cloud/api_key" in machines.files_on(head)) == has_key
+    assert any("chmod 600 ~/.lambda_cloud/api_key" in each for each in ran) == has_key
     resources = machines.started[head]["RAY_OVERRIDE_RESOURCES"]
     assert resources["CPU"] and ("GPU" in resources) == (name == "lambda.yaml")
     machines.at_exit[0]()
@@ -127,6 +165,40 @@ def test_up_and_down(name, written, machines, cloud):
     assert cloud.alive() == [head] and not any("uv pip" in each for _, each in machines.commands[before:])
     down(path)
     assert cloud.alive() == [] and cloud.count(LAUNCH) == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_machine_needs_no_key_in_a_file(name, cloud, times, home, monkeypatch):
+    monkeypatch.setenv("LAMBDA_API_KEY", (home / ".lambda_cloud/api_key").read_text())
+    (home / ".lambda_cloud/api_key").unlink()
+    problems = LambdaNodeProvider.bootstrap_config(filled(name, cloud.url))["provider"]["problems"]
+    assert ["api_key" in each for each in problems] == ([] if name == "lambda.yaml" else [True])
+
+
+@pytest.mark.slow
+def test_no_second_head_beside_one_that_cannot_be_ended(written, machines, cloud):
+    up(written("lambda.yaml"))
+    cloud.stuck = set(cloud.alive())
+    config = yaml.safe_load(Path(written("lambda.yaml")).read_text())
+    config["available_node_types"]["head"]["node_config"]["instance_type_name"] = "gpu_1x_a10"
+    with pytest.raises(click.ClickException, match="still run and cost money"):
+        up(written("lambda.yaml", available_node_types=config["available_node_types"]))
+    assert cloud.count(LAUNCH) == 1
+
+
+@pytest.mark.slow
+def test_a_down_that_leaves_a_worker_fails(written, machines, cloud):
+    path = written("lambda_workers.yaml")
+    up(path)
+    head = cloud.instances[cloud.alive()[0]]
+    worker = cloud.launch({  # by the head, at the last moment
+        "instance_type_name": "gpu_1x_a10", "region_name": "us-east-1", "ssh_key_names": ["my-key"],
+        "tags": [each for each in head["tags"] if each["key"] in ("nr:launch", "ray-cluster-name")],
+    })["instance_ids"]  # fmt: skip
+    cloud.stuck = set(worker)
+    with pytest.raises(SystemExit) as caught:
+        down(path)
+    assert caught.value.code == 1 and cloud.alive() == worker
 
 
 def test_a_failed_up_leaves_nothing(written, machines, cloud):

@@ -45,13 +45,15 @@ def file_for(machines: list[Host], url: str, shared: Path) -> dict[str, Any]:
     config["available_node_types"]["gpus"]["resources"] = {"CPU": 1, "GPU": 8}
     environment, *others = config["setup_commands"]
     environment = environment.replace("$HOME/.nanochat-ray/bin", str(Path(sys.executable).parent))
-    environment = environment.replace("/lambda/nfs/*/", f"{shared}/")
-    config["setup_commands"] = [environment, *(each for each in others if "uv" not in each)]
+    environment = environment.replace("/lambda/nfs/my-files/", f"{shared}/")
+    made_here = ("uv", "mountpoint", "apt-get")  # what these machines have, or have not
+    config["setup_commands"] = [environment, *(each for each in others if not any(it in each for it in made_here))]
     config["head_setup_commands"] = config["worker_setup_commands"] = []
     return config
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_up_a_job_on_a_worker_and_down(tmp_path):
     require_hosts()
     home, project, shared = tmp_path / "home", tmp_path / "project", tmp_path / "shared"

@@ -44,7 +44,7 @@ def launched(hosts: list[Host], laptop: Laptop, folder: Path) -> Iterator[Cluste
 def by_hand(laptop: Laptop, runs: Path) -> Iterator[Cluster]:
     """By `ray start` on this machine's loopback addresses, where there can be no hosts."""
     port, dashboard = free_port(), free_port()
-    env = laptop.env | {"NANOCHAT_BASE_DIR": str(runs), "NANOCHAT_RAY_OFFLINE": "1"}
+    env = laptop.env | {"NANOCHAT_BASE_DIR": str(runs), "NANOCHAT_RAY_OFFLINE": "1", "TMPDIR": tempfile.gettempdir()}
     common = ["--num-cpus=1", "--object-store-memory=200000000", "--dashboard-agent-listen-port=0", "--block"]
     folders = [tempfile.mkdtemp(prefix="ray") for _ in range(NODES)]  # short: sockets have paths of 107 bytes at most
     first = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]

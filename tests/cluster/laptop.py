@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -33,13 +34,14 @@ class Laptop:
 
     def __post_init__(self) -> None:
         (self.home / ".ray").mkdir(parents=True)
+        (self.home / "tmp").mkdir()
         (self.home / ".ray" / "auth_token").write_text(self.token)
 
     @property
     def env(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "NANOCHAT_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        ours = {"HOME": str(self.home), "PATH": path, "RAY_TMPDIR": str(self.home / "tmp")}
+        ours = {"HOME": str(self.home), "PATH": path, **dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), str(self.home / "tmp"))}
         return kept | ours | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1"}
 
     def start(self, *command: str, log: Path) -> subprocess.Popen:
@@ -48,9 +50,9 @@ class Laptop:
             return subprocess.Popen(command, cwd=PROJECT, env=self.env, stdin=subprocess.DEVNULL, stdout=out,
                                     stderr=subprocess.STDOUT)  # fmt: skip
 
-    def run(self, *command: str) -> tuple[int, str]:
+    def run(self, *command: str, **env: str) -> tuple[int, str]:
         """Exit code of a command and what it said."""
-        done = subprocess.run(command, cwd=PROJECT, env=self.env, stdin=subprocess.DEVNULL, text=True,
+        done = subprocess.run(command, cwd=PROJECT, env=self.env | env, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)  # fmt: skip
         return done.returncode, done.stdout
 
@@ -60,7 +62,7 @@ def for_hosts(config: Path, hosts: list[Host], folder: Path) -> Path:
     values = yaml.safe_load(config.read_text())
     values["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [host.address for host in hosts[1:]]}
     values["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts[0].key)}
-    kept = [line for line in values["setup_commands"] if "venv" not in line and "pip install" not in line]
+    kept = [line for line in values["setup_commands"] if not re.search(r"\buv\b|is_available", line)]
     ours = "export PYTHONPATH=$HOME/nanochat-ray NANOCHAT_RAY_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0"
     values["setup_commands"] = [  # the tests' own environment; the code is what the file's mounts have brought
         *kept, f"ln -sfn {sys.prefix} ~/.nanochat-ray", f"echo '{ours}' >> ~/.bashrc",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
+from nanochat_ray.serve.app import build
 from nanochat_ray.serve.app_settings import ServeSettings
 from tests.real_data import needs_real_data, real_data
+from tests.serve.runs import make_run
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster" / "kuberay"
 FIELDS = json.loads((Path(__file__).parent / "kuberay_fields.json").read_text())
@@ -178,8 +181,29 @@ def test_the_chat_is_open_to_holders_of_a_key_only():
         assert str(place.parent) in {m["mountPath"] for m in container["volumeMounts"] if m["name"] in secrets}
         assert config["http_options"]["port"] in {port["containerPort"] for port in container["ports"]}
     secret = pods(found)[0]["volumes"][1]["secret"]["secretName"]
-    said = (FOLDER / "chat.yaml").read_text()
-    assert f"kubectl create secret generic {secret} --from-file={place.name}" in said
+    # The key is never a file in the project's folder, from where it would go into uploads and images.
+    for said in ((FOLDER / "chat.yaml").read_text(), (FOLDER.parent / "README.md").read_text()):
+        assert f'kubectl create secret generic {secret} --from-literal={place.name}="$(openssl' in said
+        assert f"> {place.name}" not in said
+
+
+def test_the_chat_waits_for_gpus_that_come_after_the_head(tmp_path):
+    make_run(tmp_path)
+    settings = ServeSettings.model_validate(chat_arguments() | {"storage": str(tmp_path)})
+    limits = [pod["containers"][0]["resources"]["limits"] for pod in pods(manifest("chat.yaml"))]
+    gpus = [int(limit.get("nvidia.com/gpu", 0)) for limit in limits]
+    groups = cluster_of(manifest("chat.yaml"))["workerGroupSpecs"]
+    assert settings.replicas == sum(n * group["replicas"] for n, group in zip(gpus[1:], groups, strict=True))
+    deployed = build(settings)._bound_deployment  # here is no GPU, as where the head's pod is the first
+    assert deployed.ray_actor_options["num_gpus"] == 1 and deployed.num_replicas == settings.replicas
+    assert deployed.init_args[0].device == "cuda"
+    with pytest.raises(ValueError, match="or say how many `replicas`"):
+        build(settings.model_copy(update={"replicas": None}))
+
+
+def test_the_image_has_what_the_code_calls():
+    packages = re.search(r"apt-get install -y --no-install-recommends ([\w\s.-]+)", (FOLDER / "Dockerfile").read_text())
+    assert packages and {"bubblewrap", "gcc", "git", "libc6-dev", "wget"} <= set(packages[1].split())
 
 
 def test_without_a_key_the_chat_does_not_start(tmp_path):

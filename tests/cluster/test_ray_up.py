@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nanochat_ray.run_dir import STAGES, read_json
 from tests.cluster.clusters import NODES, by_hand, launched
 from tests.cluster.hosts import hosts, needed, why_not
 from tests.cluster.laptop import DEADLINE_S, PROJECT, Cluster, Laptop, wait_until
+from tests.jobs.running import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 JOB = ("python", "jobs/speedrun.py", "--preset", "smoke", "--workers", "2", "--chat-eval.max-problems", "10",
        "--rl.num-iterations", "2")  # fmt: skip
+ASK = """import sys, urllib.request as web
+request = web.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Type": "application/json"})
+print(web.urlopen(request).read().decode())"""
 
 
 @pytest.fixture
@@ -84,6 +89,24 @@ def test_the_whole_road(cluster, tmp_path):
     assert "chat with it: " in done.stdout and (run / "chat_eval_rl" / "_SUCCESS").exists()
 
     (run / "report" / "report.md").unlink()
-    assert cluster.submit("report", "python", "jobs/report.py", "--model-tag", "smoke")[0] == 0
-    assert cluster.ended("report")["status"] == "SUCCEEDED", cluster.logs("report")[-3000:]
-    assert cluster.job("report")["driver_exit_code"] == 0 and (run / "report" / "report.md").exists()
+    code, said = cluster.laptop.run("ray", "job", "submit", "--", *JOB, RAY_API_SERVER_ADDRESS=cluster.address)
+    assert code == 0 and "chat_eval_rl: done before, skipped" in said, said[-3000:]
+    assert (run / "report" / "report.md").exists()
+    the_chat_answers(cluster, tmp_path)
+
+
+def the_chat_answers(cluster: Cluster, folder: Path) -> None:
+    """`serve deploy` of the file as it is, a question on the head, where it listens, and `serve shutdown`."""
+    config = yaml.safe_load((PROJECT / "serve_configs" / "chat.yaml").read_text())
+    port = config["http_options"]["port"] = free_port()
+    (folder / "chat.yaml").write_text(yaml.safe_dump(config))
+    code, said = cluster.laptop.run("serve", "deploy", str(folder / "chat.yaml"), RAY_DASHBOARD_ADDRESS=cluster.address)
+    assert code == 0, said[-3000:]
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
+    line = f"python -c '{ASK}' http://127.0.0.1:{port}/v1/chat/completions '{body}'"
+
+    def answer() -> str:
+        return subprocess.run(cluster.on_head(line), capture_output=True, text=True, timeout=DEADLINE_S).stdout
+
+    wait_until(lambda: '"choices"' in answer(), "the chat's answer", every_s=1)
+    assert cluster.laptop.run("serve", "shutdown", "-y", RAY_DASHBOARD_ADDRESS=cluster.address)[0] == 0

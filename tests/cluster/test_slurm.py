@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,10 @@ from tests.jobs.running import end, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SCRIPT = PROJECT / "cluster" / "slurm.sh"
-# Drops its options and runs the rest here; says the first node's name; writes down what it was asked for.
+# Writes down its CPUs and runs the rest here; says the nodes' names, this host's first, or writes down the request.
 STAND_INS = {
-    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-    "scontrol": '[ "$1" = show ] && printf "127.0.0.1\\n127.0.0.2\\n" || echo "$@" >> "$SCONTROL_LOG"',
+    "srun": 'echo "$SRUN_CPUS_PER_TASK" >> "$SRUN_LOG"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "scontrol": f'[ "$1" = show ] && printf "{socket.gethostname()}\\nanother\\n" || echo "$@" >> "$SCONTROL_LOG"',
 }
 
 
@@ -37,6 +38,7 @@ def allocation(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "NANOCHAT_"))}
     return kept | {
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "SCONTROL_LOG": str(folder / "asked.txt"),
+        "SRUN_LOG": str(folder / "cpus.txt"),
         "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": str(free_port() % 10000), "PYTHONPATH": str(PROJECT),
         "NANOCHAT_BASE_DIR": str(folder / "runs"), "NANOCHAT_RAY_OFFLINE": "1",
@@ -57,6 +59,7 @@ def test_the_signal_before_the_end_of_the_time(tmp_path):
         below = psutil.Process(script.pid).children(recursive=True)
         script.send_signal(signal.SIGTERM)
         assert script.wait(DEADLINE_S) == 130, said(tmp_path)
+        assert (tmp_path / "cpus.txt").read_text().split() == [env["SLURM_CPUS_PER_TASK"]] * 2
         assert (tmp_path / "asked.txt").read_text().split() == ["requeue", env["SLURM_JOB_ID"]]
         assert "the same command goes on from there" in said(tmp_path) and (stage / "checkpoints").is_dir()
         assert read_json(stage.parent / "lease.json")["released"]

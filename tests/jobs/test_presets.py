@@ -45,6 +45,14 @@ def test_the_hardware_chooses(machine, name):
     assert choose_preset(machine)[0] == name
 
 
+def test_gpus_of_a_cluster_are_asked_for_before_they_are_there():
+    cluster = Machine(0, cpus=4, where="in the cluster")
+    assert settings("--preset", "d24", "--workers", "16", machine=cluster)[0].run.device_type == "cuda"
+    assert settings("--preset", "d24", "--device-type", "cpu", machine=cluster)[0].run.device_type == "cpu"
+    assert settings("--preset", "smoke", machine=cluster)[0].run.device_type is None
+    assert settings("--preset", "d24")[0].run.device_type is None
+
+
 @pytest.mark.parametrize("name", ["cpu", "smoke", *GPU_PRESETS])
 def test_every_preset_has_a_plan(name):
     found = preset(name, Machine(8, "x"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +16,17 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import Rates
 from nanochat_ray.model.scaling import flops_per_token, model_config_for, plan_training
 from nanochat_ray.plan.compute import expected_speed, masked_flops, optimizer_flops
-from nanochat_ray.plan.hardware import GPUS, Machines, cpu, gpu
+from nanochat_ray.plan.hardware import GPUS, Machines, cpu, free_disk_bytes, gpu
 from nanochat_ray.plan.memory import GIB, USABLE_FRAC
-from nanochat_ray.plan.serving import BLOCK_SIZE, CHUNK_TOKENS, serving
+from nanochat_ray.plan.serving import BLOCK_SIZE, CHUNK_TOKENS, MAX_ROWS, serving
 from nanochat_ray.plan.short import LogRun, least_bytes, refusal, short_lines
 from nanochat_ray.plan.stages import total_s
 from nanochat_ray.plan.state import Shapes
-from nanochat_ray.plan.text import as_json, full_text, size, span
+from nanochat_ray.plan.text import as_json, full_text, span
 from nanochat_ray.plan.whole import DTYPES, Planner, RunPlan
 from nanochat_ray.presets import Machine, preset
+from nanochat_ray.report.text import size
+from nanochat_ray.serve.app_settings import ServeSettings
 from nanochat_ray.stages.parallel import STRATEGIES, Sharded
 from tests.plan.watching import LiveBytes
 
@@ -135,6 +138,10 @@ def test_muons_products_are_counted_as_they_are_run():
     ("NVIDIA H100 80GB HBM3", 79.1, 989e12), ("H100", 79.1, 989e12), ("gpu_8x_a100_80gb_sxm4", 79.1, 312e12),
     ("A100-40GB", 39.4, 312e12), ("NVIDIA A10", 22.0, 125e12), ("NVIDIA A10G", 22.0, 125e12),
     ("NVIDIA GH200 480GB", 94.5, 989e12), ("Tesla V100-SXM2-16GB", 15.8, 15.7e12), ("NVIDIA L40S", 44.4, 362e12),
+    ("8xH100", 79.1, 989e12), ("8x NVIDIA H20", 95.1, 148e12), ("NVIDIA L40", 44.4, 181e12),
+    ("NVIDIA RTX 6000 Ada Generation", 47.5, 364e12), ("NVIDIA B300 SXM6 AC", 268.0, 2.25e15),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 94.9, 503.8e12),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None), ("A100-40GB, H100", 39.4, 312e12), ("H100, New", None, None),
     ("NVIDIA B200", 178.4, 2.25e15), ("NVIDIA RTX A6000", 47.5, 154.8e12), ("NVIDIA RTX A4000", None, None),
     ("Something New", None, None), ("", None, None),
 ])
@@ -146,7 +153,8 @@ def test_devices_by_name(name, memory, peak):
 
 def test_every_device_of_the_table_is_found_by_a_name():
     assert len({pattern for pattern, *_ in GPUS}) == len(GPUS)
-    assert not gpu("Tesla V100-SXM2-16GB").bf16 and gpu("A100").bf16
+    assert not gpu("Tesla V100-SXM2-16GB").bf16 and gpu("A100").bf16 and not gpu("V100, A100").bf16
+    assert [gpu(f"{name} PCIe").link for name in ("A100-40GB", "A100 80GB", "H100")] == [32e9, 32e9, 63e9]
 
 
 def test_an_unknown_gpu_is_planned_as_far_as_it_goes():
@@ -154,6 +162,7 @@ def test_an_unknown_gpu_is_planned_as_far_as_it_goes():
     assert plan.step_s is None and plan.stages == [] and plan.serving.streams is None
     assert plan.own_memory.peak > 0 and refusal(planner, plan, None) is None
     text = full_text(plan)
+    assert "--mfu" not in text  # which could not help
     assert "not known" in text and "None" not in text and "nan" not in text
     json.dumps(as_json(plan), allow_nan=False)
     assert len(short_lines(plan, None)) == 5
@@ -178,7 +187,8 @@ def test_ddp_hides_what_fits_behind_the_last_backward_pass():
     one = plan.traffic["ddp"]
     assert one.exposed_s == 0 < one.seconds
     assert plan.traffic["sharded"].exposed_s == plan.traffic["sharded"].seconds
-    assert planned(ranks=1)[1].traffic["sharded"].sent_bytes == 0
+    alone = planned(ranks=1)[1]
+    assert alone.traffic["sharded"].sent_bytes == 0 and "zero2     a rank sends" not in full_text(alone)
 
 
 # --- serving
@@ -196,6 +206,13 @@ def test_streams_as_the_engines_cache_counts_them(depth, context):
     assert found.kv_bytes_per_token * BLOCK_SIZE == found.block_bytes
     assert found.streams * found.kv_bytes_per_stream < 79.1 * GIB
     assert found.tok_per_s_all > 1 / found.step_s_one
+    assert found.streams > MAX_ROWS == ServeSettings().max_rows == found.max_rows
+    assert found.tok_per_s_all < MAX_ROWS / found.step_s_one  # of what memory holds no more are decoded at a time
+
+
+def test_what_streams_need_when_serving_changes_no_cost_of_training():
+    planner, plan = planned()
+    assert planner.plan(plan.settings, context=64).stages == plan.stages
 
 
 def test_weights_as_inference_keeps_them():
@@ -220,7 +237,8 @@ def test_the_persons_price_wins_and_costs_add_up():
     assert document["price_per_hour"] == {"value": 10.0, "source": "--price-per-hour"}
     assert document["total_cost"] == pytest.approx(10 * document["total_s"] / 3600)
     names = [stage["name"] for stage in document["stages"]]
-    assert names == ["download", "tokenizer", "pretrain", "evaluations in it", "base_eval", "sft", "chat_eval", "rl"]
+    assert names == ["download", "tokenizer", "pretrain", "evaluations in it", "base_eval", "sft", "chat_eval", "rl",
+                     "chat_eval_rl"]
     assert as_json(planner.plan(base))["price_per_hour"]["value"] == 24.0
 
 
@@ -284,6 +302,35 @@ def test_a_gpu_run_is_refused_only_where_compiling_could_not_help():
     room = planner.machines.device.memory_bytes
     assert not plan.own_memory.fits(room) and least_bytes(plan.own_memory, False) < room
     assert refusal(planner, plan, None) is None and "DOES NOT FIT" in full_text(plan)
+    assert short_lines(plan, None)[1].endswith("fits: 16; may not fit")
+    assert "may not fit" not in short_lines(planned()[1], None)[1]
+
+
+def test_too_many_workers_are_refused_with_the_number_that_fits(monkeypatch):
+    monkeypatch.setattr("nanochat_ray.plan.hardware.host_memory_bytes", lambda: 8 * GIB)
+    settings = preset("cpu", Machine(0))
+
+    def refused(workers: int) -> str | None:
+        planner = Planner(Machines(cpu(workers, 1e11), workers), "float32")
+        return refusal(planner, planner.plan(settings), None)
+
+    fewer = int(follow(refused(40), "--workers"))
+    assert 1 < fewer < 40 and refused(fewer) is None
+
+
+def test_a_depth_that_fits_is_found_in_few_steps(monkeypatch):
+    planner, plan = cpu_plan(2 * GIB, depth=100)
+    tried: list[int] = []
+    memory = Planner.memory
+    monkeypatch.setattr(Planner, "memory", lambda self, pre, vocab: tried.append(pre.depth) or memory(self, pre, vocab))
+    assert "--pretrain.depth" in refusal(planner, plan, None) and len(tried) < 12
+
+
+def test_fp8_is_refused_where_there_is_none():
+    planner, plan = planned("d24", "A100", fp8=True)
+    assert "--pretrain.no-fp8" in refusal(planner, plan, None) and "NO FP8: 8 x A100" in full_text(plan)
+    planner, plan = planned()
+    assert plan.fp8 and refusal(planner, plan, None) is None and "NO FP8" not in full_text(plan)
 
 
 def test_too_small_a_disk_is_refused():
@@ -291,12 +338,33 @@ def test_too_small_a_disk_is_refused():
     assert "--storage" in refusal(planner, plan, 10 * GIB)
     assert refusal(planner, plan, 10 * GIB, there_bytes=200 * GIB) is None
     assert refusal(planner, plan, 10**13) is None
+    assert refusal(planner, plan, 100 * GIB) is None  # 9 or 10 checkpoints are there at a time
+
+
+def test_no_more_checkpoints_are_counted_than_are_saved():
+    _, whole = planned()
+    base = preset("cpu", Machine(0))
+    small = Planner(Machines(cpu(1, 1e12), 1), "float32")
+    plan = small.plan(base)
+    assert plan.disk.checkpoints == 3 * plan.disk.checkpoint  # as the log's run left them: one of each stage
+    often = small.plan(base.model_copy(update={"pretrain": base.pretrain.model_copy(update={"save_every": 100})}))
+    assert often.disk.checkpoints == (4 + 1 + 1 + 1) * plan.disk.checkpoint
+    assert 9 <= whole.disk.checkpoints / whole.disk.checkpoint <= 10
+    unknown = planned("d24", "Something New", 8, fp8=False)[1].disk
+    assert unknown.checkpoints == (4 + 4 + 3 + 1) * unknown.checkpoint
+
+
+def test_a_file_system_that_does_not_say_what_is_free(tmp_path):
+    assert free_disk_bytes(Path("/proc")) is None and (free_disk_bytes(tmp_path / "new" / "er") or 0) > 0
+    _, plan = planned()
+    assert "not known" in short_lines(plan, None)[4] and "1 GiB free" in short_lines(plan, GIB)[4]
 
 
 def test_the_short_form_is_five_lines():
     _, plan = planned()
     lines = short_lines(plan, 10**12, LogRun(404.0, "2 CPUs"))
     assert len(lines) == 5 and "measured on 2 CPUs" in lines[3] and "7 min" in lines[3]
+    assert "$2.69 at $24.00" in lines[3]  # of the time that stands beside it
     assert math.isfinite(total_s(plan.stages)) and "$24.00 an hour" in short_lines(plan, None)[3]
 
 
