@@ -39,33 +39,23 @@ ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 def build(args: ServeSettings) -> serve.Application:
     """The application of a `serve_configs/` file; `args` are its `args`.
 
-<<<<<<< HEAD
-    Looks at the cluster for what is left open: how many replicas, on what. FileNotFoundError that names the command
-    if a run is not there, ValueError if vLLM is wanted and missing, or made for
-    another device.
-=======
     Looks at the cluster for what is left open: how many replicas, on what. Where GPUs come after the head, or when
     somebody waits for them, name the device cuda and `replicas`: those wait. FileNotFoundError that names the command
-    if a run is not there.
->>>>>>> main
+    if a run is not there, ValueError if vLLM is wanted and missing, or made for another device.
     """
     cluster = ray.cluster_resources() if ray.is_initialized() else {}
     gpus = 0 if args.device in ("cpu", "mps") else int(cluster.get("GPU", 0))
     if args.device == "cuda" and not gpus:
-<<<<<<< HEAD
-        raise ValueError("device cuda: this cluster has no GPU; leave `device` out to take what there is")
-    if args.engine == "vllm":
-        from nanochat_ray.interchange.vllm_plugin import check_vllm
-
-        check_vllm("cuda" if gpus else args.device)  # unset and without a GPU yet: each replica takes what it finds
-=======
         if args.replicas is None:
             raise ValueError(
                 "device cuda: this cluster has no GPU; leave `device` out to take what there is, or say how many "
                 "`replicas` are to wait for GPUs that come later"
             )
         gpus = args.replicas
->>>>>>> main
+    if args.engine == "vllm":
+        from nanochat_ray.interchange.vllm_plugin import check_vllm
+
+        check_vllm("cuda" if gpus else args.device)  # unset and without a GPU yet: each replica takes what it finds
     cpus = args.cpus or (1 if gpus else _cpus_each(args.max_replicas or args.replicas or 1))
     settings = args.model_copy(
         update={
