@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -162,9 +163,11 @@ def test_what_packing_raises_reaches_the_rank_as_it_is(tmp_path: Path, tokenizer
             path.unlink() if damage is None else path.write_bytes(whole[:4] + damage * 400 + whole[404:])
         dealer = start(source, 1, actors=1)
         batches = deal(dealer, "s", Cursor(), 1)[0]
-        with pytest.raises(error, match="shard_0000"):
-            next(batches)
-        ray.kill(dealer)
+        try:
+            with pytest.raises(error, match="shard_0000"):
+                deque(batches, maxlen=0)  # until the damaged item's turn has come
+        finally:
+            ray.kill(dealer)
 
 
 def test_a_cursor_of_other_data_is_an_error(rows: CorpusRows) -> None:
