@@ -11,7 +11,7 @@ from _runtime import Job, Notes, available_cpus
 
 from nanochat_ray import sandbox
 from nanochat_ray.config import BaseEvalSettings, RunSettings
-from nanochat_ray.evals.hf import HFSpec, evaluator_of
+from nanochat_ray.evals.hf import HFSpec, run_units_here
 from nanochat_ray.metrics.bits_per_byte import bits_per_byte
 from nanochat_ray.metrics.core import CoreRecord, core_metric, merge
 from nanochat_ray.metrics.core_bundle import find_bundle, load_bundle, load_items
@@ -61,8 +61,7 @@ def run_units(job: Runner, spec: EvalSpec | HFSpec, units: Sequence[Unit]) -> li
     if not units:
         return []
     if not job.use_ray():
-        evaluator = evaluator_of(spec)
-        return [evaluator.run(unit) for unit in units]
+        return run_units_here(spec, units)
     from nanochat_ray.evals.pool import run_units as on_actors
 
     if job.settings.eval_workers is not None:

@@ -128,14 +128,20 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a request; its number, which stands in the events of its streams. ValueError as in `check`."""
+        streams = self._new_streams(prompt, params, self._weights[self.version].root)
+        self._scheduler.waiting += streams
+        return streams[0].request
+
+    def _new_streams(self, prompt: Sequence[int], params: SamplingParams, root: Node) -> list[Stream]:
+        """The streams of a new request, which are noted as such. ValueError as in `check`."""
         self.check(prompt, params)
         number, self._n_requests = self._n_requests, self._n_requests + 1
-        streams = [
+        self._requests[number] = streams = [
             Stream(
                 request=number,
                 sample=sample,
                 version=self.version,
-                root=self._weights[self.version].root,
+                root=root,
                 n_prompt=len(prompt),
                 tokens=list(prompt),
                 # The last token of a stream is never read, so a prompt that fills the context still gets one.
@@ -146,9 +152,7 @@ class Engine:
             )
             for sample in range(params.num_samples)
         ]
-        self._requests[number] = streams
-        self._scheduler.waiting += streams
-        return number
+        return streams
 
     def cancel(self, number: int) -> None:
         """End a request without another event; its rows and blocks are free at once. One that has ended is ignored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,9 @@ class HFEvaluator:
 def evaluator_of(spec: EvalSpec | HFSpec) -> Evaluator | HFEvaluator:
     """The loaded model that a spec names."""
     return HFEvaluator(spec) if isinstance(spec, HFSpec) else Evaluator(spec)
+
+
+def run_units_here(spec: EvalSpec | HFSpec, units: Sequence[Unit]) -> list[list[Record]]:
+    """Evaluate in this process, one unit after another."""
+    evaluator = evaluator_of(spec)
+    return [evaluator.run(unit) for unit in units]

@@ -22,10 +22,9 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import Node
 from nanochat_ray.engine.calculator import calculate
 from nanochat_ray.engine.engine import KV_FRAC_CPU, Engine, EngineStats
-from nanochat_ray.engine.sampler import RowSampler, Sampled, check_sampling
+from nanochat_ray.engine.sampler import Sampled, check_sampling
 from nanochat_ray.engine.scheduler import Stream
-from nanochat_ray.engine.stream_text import StreamText
-from nanochat_ray.engine.tool_use import Tool, ToolState
+from nanochat_ray.engine.tool_use import Tool
 from nanochat_ray.messages import SamplingParams, TokenEvent
 from nanochat_ray.model.attention import windows_of
 from nanochat_ray.model.flat_weights import FlatWeights, flatten
@@ -130,25 +129,9 @@ class VllmEngine(Engine):
             raise ValueError(f"a prompt has an id that is not among the model's 0 to {n_vocab - 1}")
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        self.check(prompt, params)
-        number, self._n_requests = self._n_requests, self._n_requests + 1
-        self._requests[number] = [
-            Stream(
-                request=number,
-                sample=sample,
-                version=self.version,
-                root=Node(),
-                n_prompt=len(prompt),
-                tokens=list(prompt),
-                max_len=min(len(prompt) + params.max_tokens, self.context + 1),
-                sampler=RowSampler(params, sample),
-                tools=ToolState(self.tokenizer, self.tools) if params.use_tools else None,
-                text=StreamText(self.tokenizer, params.stop) if params.stop else None,
-            )
-            for sample in range(params.num_samples)
-        ]
-        self._waiting += self._requests[number]
-        return number
+        streams = self._new_streams(prompt, params, Node())
+        self._waiting += streams
+        return streams[0].request
 
     def cancel(self, number: int) -> None:
         streams = self._requests.pop(number, [])

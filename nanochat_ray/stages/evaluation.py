@@ -160,12 +160,6 @@ class Evaluator:
         )
 
 
-def run_units_here(spec: EvalSpec, units: Sequence[Unit]) -> list[list[Record]]:
-    """Evaluate in this process, one unit after another."""
-    evaluator = Evaluator(spec)
-    return [evaluator.run(unit) for unit in units]
-
-
 def cut(indices: Sequence[int], size: int) -> list[tuple[int, ...]]:
     """Index tuples of at most `size`, in order."""
     return [tuple(indices[start : start + size]) for start in range(0, len(indices), size)]

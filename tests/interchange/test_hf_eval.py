@@ -23,23 +23,12 @@ from nanochat_ray.run_dir import DATA_FILE, DONE_FILE, Lease, RunDir, write_json
 from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit
 from nanochat_ray.text.packing import reference_rows
 from tests.conftest import sentences
-from tests.interchange.hf_made import need_hf
 from tests.jobs.running import run as run_job
 from tests.metrics.bundle import three_kinds
 from tests.stages.tiny import Recorder, make_run, run_pretrain
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hf")]
 T = 48
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hf(tmp_path_factory):
-    need_hf()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 @pytest.fixture(scope="module")

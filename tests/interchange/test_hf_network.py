@@ -10,22 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.interchange.hf_made import exported, need_hf
+from tests.interchange.hf_made import exported
 from tests.parity.goldens import load_json, model_from_golden
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hf")]
 TOLERANCE = 1e-4
 GAP = 1e-3  # below it rounding may decide between the two likeliest tokens
 KEYS = "abcd"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hf(tmp_path_factory):
-    need_hf()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 def load(folder: Path, **more):

@@ -11,11 +11,12 @@ import psutil
 import pytest
 import torch
 
+from nanochat_ray.evals.hf import run_units_here
 from nanochat_ray.messages import ClusterError, Cursor
 from nanochat_ray.model.checkpoint import open_checkpoint
 from nanochat_ray.report.metrics_log import read_metrics
 from nanochat_ray.run_dir import CHECKPOINTS, METRICS_FILE, Lease
-from nanochat_ray.stages.evaluation import BpbUnit, EvalSpec, SampleUnit, cut, run_units_here
+from nanochat_ray.stages.evaluation import BpbUnit, EvalSpec, SampleUnit, cut
 from nanochat_ray.stages.rows import plain_row_blocks
 from nanochat_ray.text.packing import step_batches
 from tests.chaos.nodes import SlowRows

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from nanochat_ray.evals.hf import run_units_here
 from nanochat_ray.model.checkpoint import MODEL_FILE, CorruptCheckpointError, step_folder
 from nanochat_ray.run_dir import CHECKPOINTS
-from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit, EvalSpec, run_units_here
+from nanochat_ray.stages.evaluation import BpbUnit, CoreUnit, EvalSpec
 from tests.stages.tiny import STEPS, Recorder, make_run, run_pretrain
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -32,9 +32,10 @@ FOLLOWS = {
 CALL = [START, *b"3*4", END]
 
 
-def calculating(follows: dict[int, int] = FOLLOWS) -> GPT:
+def calculating(follows: dict[int, int] = FOLLOWS, context: int = CONFIG.sequence_len) -> GPT:
     """A network without attention, in which each token of `follows` is answered as it says."""
-    model = GPT.build(CONFIG, compute_dtype=torch.float32).eval()  # blocks add nothing before they have learned
+    config = CONFIG.model_copy(update={"sequence_len": context})
+    model = GPT.build(config, compute_dtype=torch.float32).eval()  # blocks add nothing before they have learned
     with torch.no_grad():
         embeddings, head = model.transformer.wte.weight, model.lm_head.weight
         head.zero_()

@@ -20,7 +20,7 @@ from nanochat_ray.run_dir import CONFIG_FILE, RunDir, write_json
 from nanochat_ray.text.conversation import render_prompt
 from tests.serve import server as deployed
 from tests.serve.server import Server, until
-from tests.vllm.test_rl_engine import CONFIG, END, FOLLOWS, START, TOKENIZER
+from tests.vllm.test_rl_engine import CONFIG, END, FOLLOWS, START, TOKENIZER, calculating
 
 pytestmark = pytest.mark.vllm
 
@@ -40,14 +40,7 @@ def answering(first: int) -> GPT:
     follows = {token: FOLLOWS[token] for token in (START, *b"3*4")} | {begins: START, END: ord(".")}
     follows |= {TOKENIZER.encode_special("<|output_end|>"): ord("!"), ord("!"): ROUND[first]}
     follows |= {letter: ROUND[(place + 1) % len(ROUND)] for place, letter in enumerate(ROUND)}
-    model = GPT.build(CONFIG.model_copy(update={"sequence_len": CONTEXT}), compute_dtype=torch.float32).eval()
-    with torch.no_grad():
-        embeddings, head = model.transformer.wte.weight, model.lm_head.weight
-        head.zero_()
-        for place, (token, follower) in enumerate(follows.items()):
-            embeddings[token] = torch.eye(CONFIG.n_embd)[place]
-            head[follower] += 30.0 * torch.eye(CONFIG.n_embd)[place]
-    return model
+    return calculating(follows, CONTEXT)
 
 
 def save(run: RunDir, step: int, model: GPT) -> None:
